@@ -1,0 +1,645 @@
+"""The decoder: a Llama, Mistral, Qwen2 or Qwen3 model in plain PyTorch, loaded, saved and sampled from.
+
+The four families are one architecture with a few switches: a token embedding, then N times (RMSNorm,
+attention, RMSNorm, gated MLP), a last RMSNorm and a projection to the vocabulary. Read `Config`, then
+`Attention`, `Layer` and `Decoder`, then `generate`.
+
+This file imports nothing of the project, so it can be taken alone. Next to read: prg.py.
+
+SPDX-License-Identifier: MIT
+"""
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class CheckpointError(ValueError):
+    """A model folder that cannot be used. The message is one sentence: what is wrong, where, what to do."""
+
+
+# ---------------------------------------------------------------------------------------------- config
+
+# What config.json may leave out, by family, and what the family's code fixes whatever config.json says.
+DEFAULTS = {"llama": {}, "mistral": dict(num_key_value_heads=8, sliding_window=4096), "qwen2": {},
+            "qwen3": dict(head_dim=128)}
+FIXED = {"llama": dict(use_sliding_window=False),
+         "mistral": dict(use_sliding_window=True, max_window_layers=0, layer_types=None,
+                         attention_bias=False, mlp_bias=False),
+         "qwen2": dict(attention_bias=False, mlp_bias=False, qkv_bias=True),
+         "qwen3": dict(mlp_bias=False, qk_norm=True)}
+ROPE_NEEDS = {"default": (), "linear": ("factor",), "yarn": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+
+
+@dataclass
+class Config:
+    """The fields of a Hugging Face config.json that change what is computed, under the names used there."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int = None  # fewer than the heads: grouped-query attention
+    head_dim: int = None
+    model_type: str = "llama"
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # on q, k, v and o
+    qkv_bias: bool = False  # on q, k and v
+    qk_norm: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    rope_parameters: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    sliding_window: int = 4096
+    use_sliding_window: bool = False
+    max_window_layers: int = 28  # the layers below this one see everything
+    layer_types: list = None  # "full_attention" or "sliding_attention", for each layer
+    raw: dict = field(default_factory=dict, repr=False)  # config.json as it was read, to write it back
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise CheckpointError(f"{self.num_attention_heads} attention heads cannot share "
+                                  f"{self.num_key_value_heads} key/value heads evenly")
+        if self.head_dim % 2:
+            raise CheckpointError(f"head_dim {self.head_dim} is odd, but rotary embeddings turn pairs")
+
+    @property
+    def windows(self) -> list[int | None]:
+        """How far each layer sees, in tokens, the current one included; None is all the way back."""
+        if not (self.use_sliding_window and self.sliding_window):
+            return [None] * self.num_hidden_layers
+        kinds = self.layer_types or ["sliding_attention" if i >= self.max_window_layers else "full_attention"
+                                     for i in range(self.num_hidden_layers)]
+        return [self.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "Config":
+        """Read the content of a config.json, in its older or newer spelling.
+
+        Raises CheckpointError for whatever this file would not compute exactly.
+        """
+        if not isinstance(raw, dict) or raw.get("model_type") not in FIXED:
+            kind = raw.get("model_type") if isinstance(raw, dict) else None
+            raise CheckpointError(f"model_type {kind!r} is not supported, only {', '.join(FIXED)}")
+        family = raw["model_type"]
+        names = {f.name for f in fields(cls)} - {"raw", "rope_parameters", "qkv_bias", "qk_norm"}
+        known = {**DEFAULTS[family], **{k: v for k, v in raw.items() if k in names}, **FIXED[family]}
+        rope = read_rope(raw)
+        for f in fields(cls):
+            value, required = known.get(f.name), f.name in ("vocab_size", "hidden_size", "intermediate_size",
+                                                            "num_hidden_layers", "num_attention_heads")
+            fits = {int: lambda v: type(v) is int and v >= (f.name != "max_window_layers"),
+                    float: lambda v: type(v) in (int, float) and v > 0, bool: lambda v: type(v) is bool,
+                    str: lambda v: type(v) is str, list: lambda v: type(v) is list}.get(f.type)
+            if required and value is None or value is not None and fits and not fits(value):
+                raise CheckpointError(f"{f.name} is {value!r}, which is not a possible {f.type.__name__}")
+        if raw.get("quantization_config"):
+            raise CheckpointError("the weights are quantized; use the checkpoint with the original float weights")
+        if known.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(f"hidden_act {known['hidden_act']!r} is not supported, only 'silu'")
+        if known.get("layer_types") and len(known["layer_types"]) != known["num_hidden_layers"]:
+            raise CheckpointError(f"layer_types has {len(known['layer_types'])} entries for "
+                                  f"{known['num_hidden_layers']} layers")
+        return cls(**{k: v for k, v in known.items() if v is not None or k == "sliding_window"},
+                   rope_parameters=rope, raw=raw)
+
+    def to_dict(self) -> dict:
+        """The content of a config.json that `from_dict` and `transformers` read as this model."""
+        made = {k: v for k, v in asdict(self).items() if v is not None and k not in ("raw", "qkv_bias", "qk_norm")}
+        made["architectures"] = [self.model_type.capitalize() + "ForCausalLM"]
+        return dict(self.raw or made)
+
+
+def read_rope(raw: dict) -> dict:
+    """`rope_parameters` of newer files, or `rope_theta` and `rope_scaling` of older ones, as one dict."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
+        raise CheckpointError("rope_parameters is not one flat table; tables by layer are not supported")
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **rope}
+    rope["rope_type"] = kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE_NEEDS:
+        raise CheckpointError(f"rope_type {kind!r} is not supported, only {', '.join(ROPE_NEEDS)}")
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1):
+        raise CheckpointError("partial_rotary_factor is not supported: each head must be turned whole")
+    original = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    rope["original_max_position_embeddings"] = original or raw.get("max_position_embeddings", 2048)
+    for name in ("rope_theta", "original_max_position_embeddings") + ROPE_NEEDS[kind]:
+        if type(rope.get(name)) not in (int, float) or rope[name] <= 0:
+            raise CheckpointError(f"RoPE type {kind!r} needs a positive number for {name}, not {rope.get(name)!r}")
+    return rope
+
+
+# ------------------------------------------------------------------------------------------------ RoPE
+
+def rope_frequencies(rope: dict, dim: int, device) -> tuple[Tensor, float]:
+    """Angle per position of each pair of a head, [dim/2] in radians, and a factor on cos and sin.
+
+    RoFormer (arXiv 2104.09864); `linear` is position interpolation (2306.15595), `yarn` is 2309.00071,
+    `llama3` the scheme of Llama 3.1. All slow the frequencies down to reach longer contexts.
+    """
+    theta, kind, factor = rope["rope_theta"], rope["rope_type"], rope.get("factor")
+    trained = rope.get("original_max_position_embeddings")
+    frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    if kind == "default":
+        return frequency, 1.0
+    if kind == "linear":
+        return frequency / factor, 1.0
+    if kind == "llama3":  # keep what turned often within the trained length, slow the rest, blend between
+        turns = trained * frequency / (2 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequency * (keep + (1 - keep) / factor), 1.0
+
+    def pair_that_turns(times):  # within the trained length
+        return dim * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(theta))
+    low = pair_that_turns(rope.get("beta_fast") or 32)
+    high = pair_that_turns(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / max(high - low, 0.001)
+    slow = ramp.clamp(0, 1)
+
+    def growth(mscale):  # of the attention's temperature
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+    scale = rope.get("attention_factor")
+    if scale is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        scale = growth(rope["mscale"]) / growth(rope["mscale_all_dim"])
+    return frequency * (1 - slow + slow / factor), growth(1.0) if scale is None else scale
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + dim/2) of x [B, H, T, dim] by its angle; cos and sin are [B, 1, T, dim/2]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+# --------------------------------------------------------------------------------------------- decoder
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        c, d = config, config.head_dim
+        qkv_bias = c.attention_bias or c.qkv_bias
+        self.head_dim, self.groups = d, c.num_attention_heads // c.num_key_value_heads
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * d, bias=qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * d, bias=qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * d, bias=qkv_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * d, c.hidden_size, bias=c.attention_bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(d, c.rms_norm_eps), RMSNorm(d, c.rms_norm_eps)
+
+    def forward(self, x, cos, sin, mask, keys_values=None):
+        """x [B, T, hidden] -> the same shape. mask [B or 1, 1, T, S] bool, None for causal.
+
+        `keys_values(k, v)` stores the new keys and values [B, H_kv, T, d] and returns all S of them.
+        """
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
+        if keys_values is not None:
+            k, v = keys_values(k, v)
+        if T == 1:  # the query heads that share a key head become its queries: nothing is copied
+            q = q.reshape(B, -1, self.groups, self.head_dim)
+        else:
+            k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+        return self.o_proj(out.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        c = config
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, mask, keys_values=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, keys_values)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Holds what a checkpoint names `model.*`."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model; its parameters have the names that the checkpoint gives them."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.checkpoint_activations = False  # recompute each layer in backward: less memory, a third more time
+        self.eos_ids: tuple[int, ...] = ()  # the tokens that end a text, from generation_config.json
+        self.files: dict[str, bytes] = {}  # tokenizer and generation config, carried from load to save
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+        self.tie()
+
+    def tie(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor = None, attention_mask: Tensor = None) -> Tensor:
+        """Logits [B, T, V] of the token that follows each of input_ids [B, T].
+
+        position_ids [B, T] default to 0..T-1. attention_mask [B, 1, T, T] bool says which key (last axis)
+        each query may see; without it each token sees itself and all before it.
+        """
+        return self.lm_head(self.hidden_states(input_ids, position_ids, attention_mask))
+
+    def hidden_states(self, input_ids, position_ids=None, attention_mask=None, cache=None) -> Tensor:
+        """What `lm_head` reads, [B, T, hidden]: for callers who need logits at a few positions only."""
+        T = input_ids.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(T, device=input_ids.device)[None]
+        key_positions = position_ids
+        if cache is not None:
+            key_positions = cache.store_positions(position_ids)
+            attention_mask = cache.mask(position_ids)
+
+        windows = self.config.windows
+        masks = {None: attention_mask}
+        for window in set(windows) - {None}:
+            seen = attention_mask
+            if seen is None:
+                seen = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()[None, None]
+            masks[window] = seen & (position_ids[:, None, :, None] - key_positions[:, None, None, :] < window)
+
+        x = self.model.embed_tokens(input_ids)
+        frequency, scale = rope_frequencies(self.config.rope_parameters, self.config.head_dim, x.device)
+        angle = position_ids[:, None, :, None] * frequency
+        cos, sin = (angle.cos() * scale).to(x.dtype), (angle.sin() * scale).to(x.dtype)
+        for i, (layer, window) in enumerate(zip(self.model.layers, windows)):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, masks[window], use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, masks[window], cache and cache.layer(i))
+        return self.model.norm(x)
+
+
+# ------------------------------------------------------------------------------------- loading, saving
+
+CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+           "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json")
+SHARD_BYTES = 5 * 10**9
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: give the folder of a Hugging Face checkpoint") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): download it again") from None
+
+
+def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
+    """The Decoder of a Hugging Face folder: config.json and safetensors, in one file or shards with an index.
+
+    Weights go straight from the file into the model, one tensor at a time. Raises CheckpointError where the
+    folder is incomplete or describes anything that this file does not compute exactly.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder: give the folder of a Hugging Face checkpoint")
+    try:
+        config = Config.from_dict(read_json(folder / "config.json"))
+    except CheckpointError as error:
+        message = str(error)
+        raise CheckpointError(message if str(folder) in message else f"{folder / 'config.json'}: {message}") from None
+    with torch.device("meta"):  # shapes only, no memory yet
+        model = Decoder(config)
+
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    tensors = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for name in file.keys():
+                    if name.endswith("rotary_emb.inv_freq") or config.tie_word_embeddings and name == "lm_head.weight":
+                        continue  # computed here from the config; a second copy of the embedding
+                    if name not in shapes:
+                        raise CheckpointError(f"{path} has an unexpected tensor {name}: it is not a plain "
+                                              f"{config.model_type} checkpoint, or not of this config.json")
+                    shape = tuple(file.get_slice(name).get_shape())
+                    if shape != shapes[name]:
+                        raise CheckpointError(f"{path}: {name} has shape {shape}, but config.json asks for "
+                                              f"{tuple(shapes[name])}")
+                    tensors[name] = file.get_tensor(name).to(dtype)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read as safetensors ({error}): download it again") from None
+    missing = sorted(shapes.keys() - tensors.keys())
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors that config.json asks for, the first is "
+                              f"{missing[0]}: download it again")
+    model.load_state_dict(tensors, assign=True, strict=False)  # strict would ask for a tied lm_head twice
+    model.tie()
+
+    model.files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).is_file()}
+    check_vocabulary(folder, config)
+    generation = read_json(folder / "generation_config.json") if "generation_config.json" in model.files else {}
+    eos = generation.get("eos_token_id", config.raw.get("eos_token_id"))
+    model.eos_ids = tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return model
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, all of them there."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json: "
+                              "give a checkpoint in safetensors format")
+    table = read_json(index)
+    names = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files of this folder: download it again")
+    paths = [folder / name for name in sorted(set(names.values()))]
+    for path in paths:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, but {index.name} names it: download it again")
+    return paths
+
+
+def check_vocabulary(folder: Path, config: Config):
+    """A tokenizer with ids beyond the embedding would fail deep inside, on the first text that uses one."""
+    if not (folder / "tokenizer.json").is_file():
+        return
+    table = read_json(folder / "tokenizer.json")
+    try:
+        vocab = table["model"]["vocab"]
+        ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
+        highest = max(ids + [token["id"] for token in table.get("added_tokens") or []])
+        fits = highest < config.vocab_size
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{folder / 'tokenizer.json'} is not a tokenizer file: download it again") from None
+    if not fits:
+        raise CheckpointError(f"{folder / 'tokenizer.json'} has token id {highest}, but vocab_size in config.json is "
+                              f"{config.vocab_size}: the two belong to different models")
+
+
+def save_pretrained(model: Decoder, folder):
+    """Write a folder that `load_pretrained` and `transformers` open; each file appears only when complete."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards, size = [{}], 0
+    for name, p in model.named_parameters():  # names a tied weight once
+        if size and size + p.nbytes > SHARD_BYTES:
+            shards, size = shards + [{}], 0
+        shards[-1][name], size = p.detach().contiguous(), size + p.nbytes
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    for name, shard in zip(names, shards):
+        put(folder / name, lambda path: save_file(shard, path, metadata={"format": "pt"}))
+    for name, content in model.files.items():
+        put(folder / name, lambda path: path.write_bytes(content))
+    if len(shards) > 1:
+        where = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+        total = sum(p.nbytes for p in model.parameters())
+        index = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
+        put(folder / "model.safetensors.index.json", lambda path: path.write_text(index))
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config = {k: v for k, v in model.config.to_dict().items() if k != "torch_dtype"}
+    put(folder / "config.json", lambda path: path.write_text(json.dumps({**config, "dtype": dtype}, indent=2)))
+    for stale in {*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")}:
+        if stale.name not in names and (stale.suffix != ".json" or len(shards) == 1):
+            stale.unlink()
+
+
+def put(path: Path, write):
+    """Write through a temporary name, so that a crash or a full disk leaves no half file under the real one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------------- sampling
+
+class Cache:
+    """Keys and values of the tokens so far, in buffers of a fixed size: [rows, H_kv, slots, head_dim] a layer.
+
+    All rows write the same slot, so prompts are aligned at their ends. Position ids say the rest: a query
+    sees the slots whose position is not after its own. Padding has positions below 0, an empty slot one
+    that nothing reaches.
+    """
+    EMPTY = 2**30
+
+    def __init__(self, config: Config, rows: int, slots: int, like: Tensor):
+        shape = (rows, config.num_key_value_heads, slots, config.head_dim)
+        self.k = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        self.v = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        self.positions = torch.full((rows, slots), self.EMPTY, device=like.device)
+        self.slot = None  # where the next tokens go, [T], on the device: no read-back
+        self.width = slots  # the slots in use; those beyond are not looked at
+
+    def store_positions(self, position_ids):
+        self.positions.index_copy_(1, self.slot, position_ids)
+        return self.positions[:, :self.width]
+
+    def mask(self, query):
+        key = self.positions[:, None, None, :self.width]
+        query = query[:, None, :, None]
+        return (key <= query) & ((key >= 0) | (query < 0))
+
+    def layer(self, i):
+        def keys_values(k, v):
+            self.k[i].index_copy_(2, self.slot, k)
+            self.v[i].index_copy_(2, self.slot, v)
+            return self.k[i][:, :, :self.width], self.v[i][:, :, :self.width]
+        return keys_values
+
+    def take(self, rows: Tensor, slots: int):
+        """Become the given rows (repeated, or with finished ones left out), with room for `slots` tokens."""
+        def moved(old, empty):
+            new = old.new_full((len(rows),) + old.shape[1:-2] + (slots,) + old.shape[-1:], empty)
+            new[..., :old.shape[-2], :] = old[rows]
+            return new
+        for buffers in (self.k, self.v):
+            for i in range(len(buffers)):  # one layer at a time: little is ever held twice
+                buffers[i] = moved(buffers[i], 0)
+        self.positions = moved(self.positions[..., None], self.EMPTY)[..., 0]
+
+
+@torch.no_grad()
+def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: int = 1, max_new_tokens: int,
+             temperature: float = 1.0, top_p: float = 1.0, eos_ids=(), seed: int = 0) -> list[list[list[int]]]:
+    """Sample continuations: result[prompt][sample] is a list of new token ids, the end token included.
+
+    temperature 0 is greedy; top_p keeps the smallest set of tokens with at least that probability. The tokens
+    of a sample depend on (seed, its prompt's ids, its number) alone, so they are the same however the prompts
+    are split over calls or ranks; a prompt given twice in a call goes on with new numbers. Raises ValueError
+    for an empty prompt or one with ids outside the vocabulary.
+    """
+    device, config = model.lm_head.weight.device, model.config
+    if not prompts or max_new_tokens < 1 or samples_per_prompt < 1:
+        return [[[] for _ in range(samples_per_prompt)] for _ in prompts]
+    for i, prompt in enumerate(prompts):
+        if not prompt or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise ValueError(f"prompt {i} is empty or has a token id outside 0..{config.vocab_size - 1}")
+
+    # Prefill: each prompt once, aligned at the end; then its samples get copies of its cache.
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    cache = Cache(config, len(prompts), longest, model.lm_head.weight)
+    cache.slot = torch.arange(longest, device=device)
+    positions = cache.slot - (longest - lengths)[:, None]
+    logits = model.lm_head(model.hidden_states(ids, positions, cache=cache)[:, -1])
+    source = torch.arange(len(prompts), device=device).repeat_interleave(samples_per_prompt)
+    slots = longest + max_new_tokens
+    cache.take(source, slots)
+
+    # Everything that a step touches lies on the device in tensors of a fixed shape.
+    u = uniforms(prompts, samples_per_prompt, max_new_tokens, seed).to(device)
+    ends = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
+    out = torch.full((len(source), max_new_tokens), -1, device=device)
+    done = torch.zeros(len(source), dtype=torch.bool, device=device)
+    rows = torch.arange(len(source), device=device)  # those still in the batch
+    t = torch.zeros(1, dtype=torch.long, device=device)
+    cache.slot = torch.full((1,), longest, device=device)
+    token = torch.zeros(len(source), dtype=torch.long, device=device)
+
+    def choose(logits):
+        token.copy_(draw(logits, u[rows, t], temperature, top_p))
+        out[rows, t] = torch.where(done[rows], -1, token)
+        done[rows] |= (token[:, None] == ends).any(-1)
+
+    def step():
+        hidden = model.hidden_states(token[:, None], (lengths[source[rows]] + t)[:, None], cache=cache)
+        t.add_(1)
+        cache.slot.add_(1)
+        choose(model.lm_head(hidden[:, -1]))
+
+    choose(logits[source])
+    replay, bucket = None, 128 if device.type == "cuda" else 1
+    for n in range(1, max_new_tokens):
+        if len(ends) and n % 16 == 0:  # the only read-back: finished rows leave the batch
+            alive = (~done[rows]).nonzero()[:, 0]
+            if len(alive) == 0:
+                break
+            if len(alive) <= 0.8 * len(rows):
+                rows, token, replay = rows[alive], token[alive], None
+                cache.take(alive, slots)
+        width = min(slots, -(-(longest + n) // bucket) * bucket)
+        if width != cache.width or replay is None:  # a new shape; on CUDA captured once and then replayed
+            cache.width = width
+            replay = capture(step, (t, cache.slot, token, out, done)) if device.type == "cuda" else step
+        replay()
+    return [[[x for x in row if x >= 0] for row in group]
+            for group in out.view(len(prompts), samples_per_prompt, -1).tolist()]
+
+
+def capture(step, state: tuple[Tensor, ...]):
+    """Record `step` as a CUDA graph. The warm-up run that capturing needs is undone by restoring `state`."""
+    before = [x.clone() for x in state]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    for x, y in zip(state, before):
+        x.copy_(y)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def uniforms(prompts: list[list[int]], samples: int, count: int, seed: int) -> Tensor:
+    """One number in [0, 1) for each (prompt, sample, position), [prompts x samples, count], from a hash of
+    (seed, the prompt's ids, the sample's number), and so independent of what else is in the batch."""
+    seen, generator, rows = {}, torch.Generator(), []
+    for prompt in map(tuple, prompts):
+        for _ in range(samples):
+            number = seen[prompt] = seen.get(prompt, -1) + 1
+            key = hashlib.blake2b(repr((seed, prompt, number)).encode(), digest_size=7).digest()
+            rows.append(torch.rand(count, generator=generator.manual_seed(int.from_bytes(key, "big"))))
+    return torch.stack(rows)
+
+
+def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
+    """A token for each row of logits [R, V], by inverting the cumulative distribution at u [R] in [0, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        p = p * (p >= nucleus(p, top_p))
+    # Two levels, blocks and then tokens of one block: little to add up, and nothing lost in a long float sum.
+    blocks = F.pad(p, (0, -p.shape[-1] % 256)).unflatten(-1, (-1, 256))
+    mass = blocks.sum(-1)
+    block, rest = invert(mass, u * mass.sum(-1))
+    inside = blocks.gather(1, block[:, None, None].expand(-1, 1, 256))[:, 0]
+    return block * 256 + invert(inside, rest)[0]
+
+
+def invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the running sum of mass [R, N] first exceeds target [R], and what of target is left there."""
+    total = mass.cumsum(-1)
+    index = torch.minimum((total <= target[:, None]).sum(-1), (total < total[:, -1:]).sum(-1))
+    before = (total - mass).gather(1, index[:, None])[:, 0]
+    return index, (target - before).clamp(min=0)
+
+
+def nucleus(p: Tensor, top_p: float) -> Tensor:
+    """The largest threshold [R, 1] above which the tokens of p [R, V] still have top_p between them: by
+    bisection, which needs no sort of the vocabulary."""
+    low, high = torch.zeros_like(p[:, :1]), p.amax(-1, keepdim=True)
+    for _ in range(30):
+        middle = (low + high) / 2
+        enough = (p * (p >= middle)).sum(-1, keepdim=True) >= top_p
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return low

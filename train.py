@@ -1,0 +1,615 @@
+"""Train with HyTuning: settings, the loop, evaluation, checkpoints. Read it from the top, or start at `train`.
+
+    python train.py                                                            # the toy task, about a minute
+    python train.py --model FOLDER --labeled a.jsonl --unlabeled b.jsonl --eval c.jsonl
+    torchrun --nproc_per_node=8 train.py --model ...                           # the same on eight GPUs
+
+A step: sample a group of rollouts for each query; score them and the supervised traces in one packed pass
+(support, PRG, self-certainty); turn that into weights, advantages and lambda; one update on the mixed loss.
+
+SPDX-License-Identifier: MIT
+"""
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import hytuning
+import prg
+from model import CheckpointError, Config, Decoder, generate, load_pretrained, put, save_pretrained
+
+
+# -------------------------------------------------------------------------------------------- settings
+
+def option(default, help, toy=None, **more):
+    return field(default=default, metadata={"help": help, "toy": toy, **more})
+
+
+@dataclass
+class Settings:
+    model: str = option("", "folder of a Hugging Face checkpoint; none: the toy task", group="model and data")
+    labeled: str = option("", 'JSONL of supervised traces: {"prompt", "reasoning", "answer"}, or GSM8K')
+    unlabeled: str = option("", 'JSONL of queries: {"prompt"}; answers are not read')
+    eval: str = option("", 'JSONL of held-out queries: {"prompt", "answer"}')
+    max_labeled: int = option(0, "use the first so many supervised traces; 0: all")
+    max_unlabeled: int = option(0, "use the first so many queries; 0: all")
+    max_eval: int = option(0, "use the first so many held-out queries; 0: all")
+    max_prompt_tokens: int = option(512, "longer prompts are skipped, in tokens", toy=64)
+    max_new_tokens: int = option(512, "longest response, in tokens", toy=48)
+    marker: str = option(data.MARKER, "what introduces the answer")
+    max_steps: int = option(16, "reasoning steps of a trace; more are merged evenly")
+
+    method: str = option("hytuning", "what is trained", choices=("hytuning", "rd", "rlif", "static"), group="method")
+    queries_per_step: int = option(16, "unlabeled queries of a step, over all processes")
+    group_size: int = option(8, "rollouts of a query")
+    traces_per_step: int = option(16, "supervised traces of a step, over all processes")
+    tau: float = option(0.25, "softness of the gate on PRG / anchor - 1")
+    anchor_decay: float = option(0.9, "decay per step of the running mean of the traces' PRG")
+    temperature: float = option(1.0, "of sampling, in training and evaluation")
+    reward: str = option("self_certainty", "of a rollout, in nats", choices=("self_certainty", "negative_entropy"))
+    kl: float = option(0.0, "weight of the KL divergence from the starting model")
+    clip: float = option(0.0, "PPO's clipping range; 0: none")
+
+    steps: int = option(100, "training steps", toy=80, group="optimisation")
+    lr: float = option(2e-6, "learning rate of AdamW", toy=1e-4)
+    max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
+    updates_per_batch: int = option(1, "updates on the rollouts of a step; more want --clip")
+    seed: int = option(0, "of everything random")
+
+    out: str = option("out/run", "folder for metrics.jsonl, eval.json, model/ and checkpoints", group="run")
+    resume: bool = option(False, "go on from the last checkpoint in --out")
+    eval_only: bool = option(False, "evaluate --model and stop")
+    eval_samples: int = option(8, "samples of a held-out query")
+    save_every: int = option(20, "steps between checkpoints")
+    show: int = option(3, "held-out queries to print at the end")
+    device: str = option("", "cpu, cuda, cuda:1 ...; none: a GPU if there is one")
+    dtype: str = option("", "of the forward pass; none: bfloat16 on a GPU", choices=("float32", "bfloat16"))
+    tokens_per_batch: int = option(16384, "tokens of one forward pass, padding included", toy=4096)
+    rollouts_per_batch: int = option(512, "rollouts sampled at a time, in each process")
+    checkpoint_activations: bool = option(False, "recompute activations: less memory, a third more time")
+
+
+class UsageError(ValueError):
+    """Settings that do not fit together. The message is one sentence that says what to do."""
+
+
+def parse_arguments(argv=None) -> Settings:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = None
+    for f in fields(Settings):
+        group = parser.add_argument_group(f.metadata["group"]) if "group" in f.metadata else group
+        toy = f" ({f.default}; toy {f.metadata['toy']})" if f.metadata["toy"] else f" ({f.default})"
+        if f.type is bool:
+            group.add_argument(f"--{f.name}", action="store_true", help=f.metadata["help"])
+        else:
+            group.add_argument(f"--{f.name}", type=f.type, choices=f.metadata.get("choices"), metavar=f.name.upper()
+                               if "choices" not in f.metadata else None,
+                               help=f.metadata["help"] + (toy if f.default != "" else ""))
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    toy = {} if given.get("model") else {f.name: f.metadata["toy"] for f in fields(Settings) if f.metadata["toy"]}
+    settings = Settings(**{**toy, **given})
+    for name in ("queries_per_step", "group_size", "traces_per_step", "max_prompt_tokens", "max_new_tokens", "tau", "lr",
+                 "max_steps", "eval_samples", "save_every", "updates_per_batch", "tokens_per_batch",
+                 "rollouts_per_batch", "max_grad_norm"):
+        if not 0 < getattr(settings, name) < math.inf:
+            raise UsageError(f"--{name} is {getattr(settings, name)}: give a number above 0")
+    for name in ("steps", "temperature", "kl", "clip", "show", "max_labeled", "max_unlabeled", "max_eval"):
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise UsageError(f"--{name} is {getattr(settings, name)}: give a number that is not negative")
+    if not 0 <= settings.anchor_decay < 1:
+        raise UsageError(f"--anchor_decay is {settings.anchor_decay}: give a number from 0 to below 1")
+    return settings
+
+
+# ------------------------------------------------------------------------------------------- processes
+
+class World:
+    """The processes of a run: one, or as many as torchrun started (NCCL on GPUs, gloo on CPU)."""
+
+    def __init__(self, device: str):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        try:
+            self.device = torch.device(device)
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(f"--device {device} cannot be used here ({str(error).splitlines()[0]})") from None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all processes, the same in each."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def mine(self, items: list) -> list:
+        """This process's share of a global batch."""
+        return items[self.rank::self.size]
+
+    def say(self, *words):
+        if self.rank == 0:
+            tqdm.write(" ".join(map(str, words)))
+
+    def bar(self, total: int, what: str):
+        return tqdm(total=total, desc=what, disable=self.rank != 0 or not total, dynamic_ncols=True, leave=False)
+
+
+# ------------------------------------------------------------------------------------------- the method
+
+@dataclass
+class Sequence:
+    """A rollout or a supervised trace, and what the packed pass finds out about it."""
+    trace: prg.Trace
+    prompt_length: int
+    complete: bool = False  # ended by itself, with an answer that can be read
+    supervised: bool = False
+    prg: float = -1.0
+    certainty: float = 0.0  # self-certainty, the mean over the response
+    entropy: float = 0.0  # likewise
+    logprobs: Tensor = None  # log pi of the response tokens, [T]
+    advantage: float = 0.0
+
+    @property
+    def ids(self) -> list[int]:
+        return self.trace.tokens + self.trace.tail
+
+    @property
+    def response(self) -> list[int]:
+        return self.ids[self.prompt_length:]
+
+
+class Policy(nn.Module):
+    """The decoder as a function to log-probabilities. DDP wraps this, and calling the wrapper is what arms it."""
+
+    def __init__(self, decoder: Decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, input_ids, row, source, target):
+        hidden = self.decoder.hidden_states(input_ids)
+        return hytuning.over_vocabulary(hytuning.token_logprobs, hidden[row, source], self.decoder.lm_head, target)
+
+
+def response_cells(sequences: list[Sequence], device) -> tuple[Tensor, ...]:
+    """(row, source, target, offset), [N] each: slot `source` of the row predicts response token `target`."""
+    cells = [(b, s.prompt_length + t - 1, token, t) for b, s in enumerate(sequences)
+             for t, token in enumerate(s.response)]
+    return torch.tensor(cells, dtype=torch.long, device=device).reshape(-1, 4).T.unbind()
+
+
+def batch_of(count: int, size: int, seed: int, step: int) -> list[int]:
+    """Which of `count` items a step takes: an epoch is a shuffle, cut into whole batches without repeats."""
+    size = min(size, count)
+    epoch, place = divmod(step, count // size)
+    return np.random.default_rng([seed, epoch]).permutation(count)[place * size:(place + 1) * size].tolist()
+
+
+class Trainer:
+    """A run: the model, its data, and a step of the method. `extra_reward(prompt, response) -> float`, on
+    texts, is added to each rollout's reward before its group is normalised."""
+
+    def __init__(self, settings: Settings, world: World, extra_reward=None):
+        self.settings, self.world, self.extra_reward = settings, world, extra_reward
+        s, device = settings, world.device
+        self.model = load_pretrained(s.model, device)
+        self.model.checkpoint_activations = s.checkpoint_activations
+        self.text = data.Text(s.model, self.model.eos_ids, s.marker, s.max_steps)
+        longest, context = s.max_prompt_tokens + s.max_new_tokens, self.model.config.max_position_embeddings
+        if longest > context:
+            raise UsageError(f"--max_prompt_tokens and --max_new_tokens make {longest} tokens, but {s.model} was "
+                             f"made for {context}: lower one of them")
+        self.load_data()
+
+        self.dtype = getattr(torch, s.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+        self.policy = Policy(self.model)
+        if world.size > 1:
+            self.policy = DistributedDataParallel(self.policy, gradient_as_bucket_view=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.reference = Policy(copy.deepcopy(self.model).requires_grad_(False)) if s.kl else None
+        # Master weights stay in float32; sampling reads them twice as fast from a bfloat16 copy.
+        self.sampler = self.model if self.dtype == torch.float32 else copy.deepcopy(self.model).to(self.dtype)
+        self.anchor, self.done, self.bad_steps = None, 0, 0
+
+    def load_data(self):
+        s, skipped = self.settings, {}
+        self.labeled, self.unlabeled, self.held_out = [], [], []
+        if s.labeled:
+            self.labeled, skipped[s.labeled] = data.load_labeled(
+                s.labeled, self.text, s.max_prompt_tokens, s.max_new_tokens, s.max_labeled)
+        if s.unlabeled:
+            self.unlabeled, skipped[s.unlabeled] = data.load_unlabeled(
+                s.unlabeled, self.text, s.max_prompt_tokens, s.max_unlabeled)
+        if s.eval:
+            self.held_out, skipped[s.eval] = data.load_eval(s.eval, self.text, s.max_prompt_tokens, s.max_eval)
+        self.traces = [self.sequence(*record, supervised=True) for record in self.labeled]
+        for path, count in skipped.items():
+            if count:
+                self.world.say(f"{path}: {count} records skipped, longer than --max_prompt_tokens or --max_new_tokens")
+
+    def amp(self):
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def sequence(self, prompt: list[int], response: list[int], supervised=False) -> Sequence:
+        trace = prg.Trace(*self.text.parse(prompt, response))
+        answered = len(trace.tokens) > trace.answer_start
+        return Sequence(trace, len(prompt), answered and response[-1] in self.text.ends, supervised)
+
+    def sample(self, prompts, samples: int, temperature: float, seed: int, what="") -> list[list[list[int]]]:
+        """[prompt][sample] -> response ids: `generate` on batches of prompts of like length."""
+        if self.sampler is not self.model:
+            with torch.no_grad():
+                for mine, master in zip(self.sampler.parameters(), self.model.parameters()):
+                    mine.copy_(master)
+        responses = [None] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        size = max(1, self.settings.rollouts_per_batch // samples)
+        with self.world.bar(len(prompts) if what else 0, what) as bar:
+            for batch in (order[i:i + size] for i in range(0, len(order), size)):
+                groups = generate(self.sampler, [prompts[i] for i in batch], samples_per_prompt=samples, seed=seed,
+                                  max_new_tokens=self.settings.max_new_tokens, temperature=temperature,
+                                  eos_ids=self.text.ends)
+                for i, group in zip(batch, groups):
+                    responses[i] = group
+                bar.update(len(batch))
+        return responses
+
+    @torch.no_grad()
+    def score(self, sequences: list[Sequence], what=""):
+        """Fill in PRG, self-certainty, entropy and log-probabilities: one packed pass gives all of them."""
+        def statistics(logits, targets):
+            return torch.stack([hytuning.token_logprobs(logits, targets), hytuning.self_certainty(logits),
+                                hytuning.entropy(logits)], 1)
+        device, lengths = self.world.device, [prg.packed_length(s.trace) for s in sequences]
+        with self.world.bar(len(sequences) if what else 0, what) as bar:
+            for indices in prg.batches_by_length(lengths, self.settings.tokens_per_batch):
+                batch = [sequences[i] for i in indices]
+                packed = prg.pack([s.trace for s in batch], device)
+                row, source, target, _ = response_cells(batch, device)
+                with self.amp():
+                    hidden = self.model.hidden_states(packed.input_ids, packed.position_ids, packed.attention_mask)
+                    values = hytuning.over_vocabulary(
+                        statistics, torch.cat([hidden[packed.row, packed.source], hidden[row, source]]),
+                        self.model.lm_head, torch.cat([packed.target, target]))
+                support = packed.support(values[:len(packed.row), 0])
+                gains = prg.progressive_reasoning_gain(support, packed.mask).tolist()
+                for s, gain, value in zip(batch, gains, values[len(packed.row):].split([len(s.response) for s in batch])):
+                    s.prg = gain if s.complete else -1.0
+                    s.logprobs, (s.certainty, s.entropy) = value[:, 0], value[:, 1:].mean(0).tolist()
+                bar.update(len(batch))
+
+    def step(self) -> dict:
+        """Sample, score, weigh, update; the line that goes into metrics.jsonl."""
+        s, world, step = self.settings, self.world, self.done
+        clock = [time.perf_counter()]
+        queries, traces = [], []
+        if s.method != "rd":
+            queries = world.mine([self.unlabeled[i] for i in batch_of(len(self.unlabeled), s.queries_per_step, s.seed, step)])
+        if self.traces:
+            traces = world.mine([self.traces[i] for i in batch_of(len(self.traces), s.traces_per_step, s.seed, step)])
+        responses = self.sample(queries, s.group_size, s.temperature, seed=s.seed * 10**6 + step)
+        rollouts = [self.sequence(prompt, response) for prompt, group in zip(queries, responses) for response in group]
+        clock.append(self.now())
+
+        self.score(rollouts + traces)
+        def column(sequences, name):
+            return torch.tensor([getattr(x, name) for x in sequences], dtype=torch.double)
+        gains, lengths = column(rollouts, "prg"), torch.tensor([len(x.response) for x in rollouts]).double()
+        sums = [len(rollouts), gains.sum(), column(rollouts, "certainty").sum(), column(rollouts, "entropy").sum(),
+                lengths.sum(), column(rollouts, "complete").sum(), len(traces), column(traces, "prg").sum(),
+                sum(len(x.response) for x in traces)]
+        n, prg_sum, certainty, entropy, tokens, answered, n_traces, trace_prg, trace_tokens = world.sum(
+            torch.tensor(sums, dtype=torch.double, device=world.device)).tolist()
+
+        # The anchor, the weights, the reward, its advantage, and lambda: README, "The method".
+        if n_traces:
+            new = trace_prg / n_traces
+            self.anchor = new if self.anchor is None else s.anchor_decay * self.anchor + (1 - s.anchor_decay) * new
+        w = torch.ones(len(rollouts), dtype=torch.double)
+        if s.method == "hytuning":
+            w = hytuning.adaptive_weights(gains, self.anchor, s.tau)
+        r = w * (column(rollouts, "certainty") if s.reward == "self_certainty" else -column(rollouts, "entropy"))
+        if self.extra_reward:
+            r = r + torch.tensor([self.extra_reward(self.text.decode(x.ids[:x.prompt_length]), self.text.decode(x.response))
+                                  for x in rollouts], dtype=torch.double)
+        for x, advantage in zip(rollouts, hytuning.group_advantages(r, s.group_size).tolist()):
+            x.advantage = advantage
+        weight = world.sum(w.sum().to(world.device)).item() / max(n, 1)
+        lam = {"hytuning": weight, "static": 0.5, "rd": 0.0, "rlif": 1.0}[s.method]
+        clock.append(self.now())
+
+        chosen = rollouts * (lam > 0) + traces * (lam < 1)
+        for _ in range(s.updates_per_batch):
+            losses = world.sum(self.backward(chosen, lam, max(trace_tokens, 1), max(n, 1))).tolist()
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.max_grad_norm).item()
+            if math.isfinite(norm):
+                self.optimizer.step()
+            self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
+            self.optimizer.zero_grad(set_to_none=True)
+        clock.append(self.now())
+        if self.bad_steps >= 10:
+            raise UsageError("the gradient was not finite in ten steps in a row: lower --lr or use --dtype float32")
+
+        self.done += 1
+        mean = (lambda total: total / n) if n else lambda total: None
+        seconds = [b - a for a, b in zip(clock, clock[1:])]
+        return {"step": self.done, "loss": hytuning.hytuning_loss(*losses, lam), "loss_rd": losses[0] if n_traces else None,
+                "loss_rlif": losses[1] if n else None,  # 0 on policy, by construction; its gradient is not
+                "lambda": lam, "anchor": self.anchor, "prg_rollouts": mean(prg_sum),
+                "prg_traces": trace_prg / n_traces if n_traces else None, "self_certainty": mean(certainty),
+                "entropy": mean(entropy), "response_length": mean(tokens), "answered": mean(answered),
+                "grad_norm": norm, "skipped": self.bad_steps, "tokens_per_second": tokens / sum(seconds),
+                "seconds_sampling": seconds[0], "seconds_scoring": seconds[1], "seconds_update": seconds[2]}
+
+    def now(self) -> float:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def backward(self, sequences: list[Sequence], lam: float, tokens: float, rollouts: float) -> Tensor:
+        """Gradients of L = (1 - lambda) L_RD + lambda L_RLIF over this process's share; its [L_RD, L_RLIF].
+
+        Both losses divide by the global counts `tokens` and `rollouts`, so shares add up to the whole batch;
+        DDP averages over processes, hence the factor world.size.
+        """
+        s, device, losses = self.settings, self.world.device, torch.zeros(2, device=self.world.device)
+        if not sequences:  # the other processes wait for this one's gradients: give them zeros
+            sequences = [Sequence(prg.Trace([0, 0], [1], 2), prompt_length=1)]
+        batches = prg.batches_by_length([len(x.ids) for x in sequences], s.tokens_per_batch)
+        for number, indices in enumerate(batches, 1):
+            batch = [sequences[i] for i in indices]
+            row, source, target, offset = response_cells(batch, device)
+            ids = nn.utils.rnn.pad_sequence([torch.tensor(x.ids) for x in batch], batch_first=True).to(device)
+            shape = len(batch), max(len(x.response) for x in batch)
+
+            def table(values):
+                return torch.zeros(shape, device=device).index_put((row, offset), values.float())
+            # Gradients are exchanged between processes once, in the last backward pass.
+            with self.policy.no_sync() if self.world.size > 1 and number < len(batches) else contextlib.nullcontext():
+                with self.amp():
+                    values = self.policy(ids, row, source, target)
+                logprobs, mask = table(values), table(torch.ones_like(values))
+                rd_rows = torch.tensor([x.supervised for x in batch], device=device)
+                more = {}
+                if s.updates_per_batch > 1:
+                    more["old_logprobs"] = table(torch.cat([x.logprobs for x in batch]))[~rd_rows]
+                if s.kl:
+                    with self.amp():
+                        more["reference_logprobs"] = table(self.reference(ids, row, source, target))[~rd_rows]
+                A = torch.tensor([x.advantage for x in batch], device=device)[~rd_rows]
+                L_RD = hytuning.distillation_loss(logprobs[rd_rows], mask[rd_rows], tokens)
+                L_RLIF = hytuning.rlif_loss(logprobs[~rd_rows], mask[~rd_rows], A, rollouts,
+                                            clip=s.clip, kl=s.kl, **more)
+                (hytuning.hytuning_loss(L_RD, L_RLIF, lam) * self.world.size).backward()
+            losses += torch.stack([L_RD, L_RLIF]).detach()
+        return losses
+
+    # ------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self) -> tuple[dict, list]:
+        """What eval.json says of the model as it is, and this process's rollouts of the first queries."""
+        s, world = self.settings, self.world
+        mine = world.mine(self.held_out)
+        prompts = [prompt for prompt, _, _ in mine]
+        groups = self.sample(prompts, s.eval_samples, s.temperature, s.seed, "evaluating")
+        greedy = self.sample(prompts, 1, 0.0, s.seed, "evaluating, greedy")
+        rollouts = [[self.sequence(prompt, response) for response in group] for prompt, group in zip(prompts, groups)]
+        self.score([x for group in rollouts for x in group], "scoring")
+
+        def answer(response):
+            return data.extract_answer(self.text.decode(response), s.marker)
+        table = torch.zeros(len(self.held_out), 5, dtype=torch.double, device=world.device)
+        for i, ((_, _, gold), group, single) in enumerate(zip(mine, groups, greedy)):
+            def right(given):
+                return given is not None and data.answers_match(given, gold)
+            answers = [answer(response) for response in group]
+            winner, share = data.majority(answers)
+            table[world.rank + i * world.size] = torch.tensor([
+                np.mean([right(a) for a in answers]), right(winner), share, right(answer(single[0])),
+                np.mean([x.prg for x in rollouts[i]])])
+        single, correct, confidence, greedy, gain = world.sum(table).cpu().unbind(1)
+        wrong = confidence[correct == 0]
+        result = {"accuracy": single.mean().item(), "majority_accuracy": correct.mean().item(),
+                  "greedy_accuracy": greedy.mean().item(), "confidence": confidence.mean().item(),
+                  "confidence_when_wrong": wrong.mean().item(),
+                  "ece": prg.expected_calibration_error(confidence, correct),
+                  "brier": prg.brier_score(confidence, correct), "auroc": prg.auroc(confidence, correct),
+                  "prg": gain.mean().item(), "n": len(self.held_out)}
+        return {k: None if v != v else v for k, v in result.items()}, list(zip(mine, rollouts))[:s.show]
+
+    def show(self, examples):
+        """Held-out queries with a rollout of the model: support after each step as a bar, PRG, the right answer."""
+        for (prompt, question, gold), group in examples:
+            trace = group[0].trace
+            support, _ = prg.answer_support(self.model, [trace], self.world.device)
+            lines = ["(before any step)"] + [" ".join(self.text.decode(trace.tokens[a:b]).split())
+                                             for a, b in zip(trace.cuts, trace.cuts[1:])]
+            self.world.say(f"\n{question}")
+            for p, line in zip(support[0].tolist(), lines):
+                self.world.say(f"  p = {p:4.2f} {'#' * round(20 * p):20s} {line}")
+            answer = self.text.decode(trace.tokens[trace.answer_start:]).strip() or "(none)"
+            self.world.say(f"  {self.settings.marker} {answer}    PRG {group[0].prg:.2f}, right answer: {gold}")
+
+    # ------------------------------------------------------------------------------------ checkpoints
+
+    def save(self):
+        """A checkpoint holds all that the rest of the run depends on; the last two are kept."""
+        if self.world.rank:
+            return
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.done,
+                 "anchor": self.anchor, "settings": asdict(self.settings)}
+        folder = Path(self.settings.out)
+        put(folder / f"checkpoint-{self.done:06d}.pt", lambda path: torch.save(state, path))
+        for old in sorted(folder.glob("checkpoint-*.pt"))[:-2]:
+            old.unlink()
+
+    def restore(self) -> bool:
+        """Go on from the last checkpoint of --out; False if there is none."""
+        found = sorted(Path(self.settings.out).glob("checkpoint-*.pt"))
+        if not found:
+            return False
+        try:
+            state = torch.load(found[-1], map_location=self.world.device, weights_only=True)
+        except Exception as error:
+            raise UsageError(f"{found[-1]} cannot be read ({str(error).splitlines()[0]}): remove it") from None
+        free = {"steps", "out", "resume", "show", "device", "save_every", "eval", "max_eval", "eval_samples",
+                "tokens_per_batch", "rollouts_per_batch", "checkpoint_activations"}
+        changed = [f"--{k} {v} there, {getattr(self.settings, k)} here" for k, v in state["settings"].items()
+                   if k not in free and v != getattr(self.settings, k)]
+        if changed:
+            raise UsageError(f"{found[-1]} was made with other settings ({'; '.join(changed)}): use them, or another --out")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done, self.anchor = state["step"], state["anchor"]
+        return True
+
+
+# --------------------------------------------------------------------------------------------- the run
+
+def train(settings: Settings, extra_reward=None):
+    """A whole run: evaluate, train, save, evaluate again."""
+    world = World(settings.device)
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, leave
+        signal.signal(number, lambda *_: stop.append(1))
+    if not settings.model:
+        toy = build_toy(world)
+        settings.model = str(toy)
+        for name in ("labeled", "unlabeled", "eval"):
+            setattr(settings, name, getattr(settings, name) or str(toy / f"{name}.jsonl"))
+    for name, needed in (("labeled", settings.method != "rlif"), ("unlabeled", settings.method != "rd"), ("eval", True)):
+        if not getattr(settings, name) and (name == "eval" if settings.eval_only else needed and name != "eval"):
+            raise UsageError(f"--{name} is missing: give a JSONL file (README, \"Your own data\")")
+    trainer, out = Trainer(settings, world, extra_reward), Path(settings.out)
+    if world.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+
+    def write_eval(results):
+        if world.rank == 0:
+            put(out / "eval.json", lambda path: path.write_text(json.dumps(results, indent=2)))
+    if settings.eval_only:
+        result, examples = trainer.evaluate()
+        write_eval({"final": result})
+        print_table(world, {"final": result})
+        return trainer.show(examples)
+
+    results = {}
+    resumed = settings.resume and trainer.restore()
+    if resumed:
+        world.say(f"resuming after step {trainer.done}")
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            results["base"] = json.loads((out / "eval.json").read_text())["base"]
+    elif trainer.held_out:
+        results["base"], _ = trainer.evaluate()
+        write_eval(results)
+    log = None
+    if world.rank == 0:
+        log = open_log(out / "metrics.jsonl", trainer.done)
+        if not resumed:
+            for old in out.glob("checkpoint-*.pt"):
+                old.unlink()
+
+    bar = world.bar(settings.steps, settings.method)
+    bar.update(trainer.done)
+    while trainer.done < settings.steps:
+        line = trainer.step()
+        if world.rank == 0:
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+        bar.set_postfix_str(f"lambda {line['lambda']:.2f}, PRG {line['prg_rollouts'] or 0:.2f}")
+        bar.update()
+        stopping = world.sum(torch.tensor(float(bool(stop)), device=world.device)).item() > 0
+        if stopping or trainer.done % settings.save_every == 0 or trainer.done == settings.steps:
+            trainer.save()
+        if stopping:
+            bar.close()
+            return world.say(f"stopped after step {trainer.done}; go on with --resume")
+    bar.close()
+    if world.rank == 0:
+        save_pretrained(trainer.model, out / "model")
+    if trainer.held_out:
+        results["final"], examples = trainer.evaluate()
+        write_eval(results)
+        print_table(world, results)
+        trainer.show(examples)
+    world.say(f"\nthe model is in {out / 'model'}, the log in {out / 'metrics.jsonl'}")
+
+
+def open_log(path: Path, steps: int):
+    """metrics.jsonl for appending, with the lines of the first `steps` steps kept."""
+    kept = path.read_text().splitlines(keepends=True)[:steps] if steps and path.exists() else []
+    put(path, lambda temporary: temporary.write_text("".join(kept)))
+    return open(path, "a")
+
+
+def print_table(world: World, results: dict):
+    world.say("\n" + " " * 24 + "".join(f"{name:>8}" for name in results))
+    for key in next(iter(results.values())):
+        values = [result[key] for result in results.values()]
+        world.say(f"{key:24}" + "".join(f"{'-' if v is None else format(v, 'd' if key == 'n' else '.3f'):>8}" for v in values))
+
+
+# ----------------------------------------------------------------------------------- the toy's base model
+
+def build_toy(world: World, folder=Path("out/toy")) -> Path:
+    """The toy's data, and a base model trained from scratch on what careless authors write; built once."""
+    if not folder.exists() and world.rank == 0:
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        toy = data.Triage()
+        vocab_size, end = toy.write(temporary)
+        torch.manual_seed(0)
+        model = Decoder(Config(vocab_size, hidden_size=96, intermediate_size=256, num_hidden_layers=3,
+                               num_attention_heads=4, max_position_embeddings=128, tie_word_embeddings=True)).to(world.device)
+        text, policy = data.Text(temporary, [end]), Policy(model)
+        steps, size, rng = 400, 64, np.random.default_rng(1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, pct_start=0.1)
+        for _ in tqdm(range(steps), "training the toy's base model", leave=False):
+            records = [toy.record(rng, careless=True) for _ in range(size)]
+            pairs = [(text.prompt(r["prompt"]), text.response(r["reasoning"], r["answer"])) for r in records]
+            batch = [Sequence(prg.Trace(p + a, [len(p)], len(p + a)), len(p)) for p, a in pairs]
+            row, source, target, _ = response_cells(batch, world.device)
+            ids = nn.utils.rnn.pad_sequence([torch.tensor(x.ids) for x in batch], batch_first=True).to(world.device)
+            loss = -policy(ids, row, source, target).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        model.eos_ids = (end,)
+        save_pretrained(model, temporary)
+        os.replace(temporary, folder)
+    if world.size > 1:
+        dist.barrier()
+    return folder
+
+
+def main():
+    try:
+        settings = parse_arguments()
+        train(settings)
+    except (CheckpointError, data.DataError, UsageError) as error:
+        sys.exit(f"error: {error}") if False else (print(f"error: {error}", file=sys.stderr), os._exit(2))
+
+
+if __name__ == "__main__":
+    main()
