@@ -22,7 +22,7 @@ class DataError(ValueError):
 
 
 MARKER = "Answer:"
-INSTRUCTION = 'Reason line by line, and end with the line "{marker} ..." that holds the answer alone.'
+INSTRUCTION = 'Reason line by line, then end with the line "{marker} ...".'
 
 # ---------------------------------------------------------------------------------------------- answers
 
@@ -304,11 +304,12 @@ class Triage:
         return list(rng.permutation([*agreeing, *rest])), int(condition)
 
     def question(self, findings) -> str:
-        return "Findings: " + ", ".join(self.findings[f] for f in findings) + "."
+        return "Findings:\n" + "\n".join(f"{i} {self.findings[f]}" for i, f in enumerate(findings, 1))
 
     def solution(self, findings, stated) -> tuple[str, str]:
         """(reasoning, answer) of an author who states these conditions: the one stated most, first of equals."""
-        lines = [f"- {self.findings[f]} suggests {self.conditions[c]}" for f, c in zip(findings, stated)]
+        lines = [f"{i} {self.findings[f]} suggests {self.conditions[c]}"
+                 for i, (f, c) in enumerate(zip(findings, stated), 1)]
         return "\n".join(lines), self.conditions[max(stated, key=list(stated).count)]
 
     def record(self, rng, careless: bool = False) -> dict:
@@ -330,7 +331,7 @@ class Triage:
             lines = [json.dumps({field: record[field] for field in fields}) for record in records]
             (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
-        text = "\n".join(["Findings: , .", INSTRUCTION.format(marker=MARKER), "- suggests", MARKER,
+        text = "\n".join(["Findings:", INSTRUCTION.format(marker=MARKER), *"123456", MARKER, "1 suggests",
                           " ".join(["", *self.findings, *self.conditions])])
         split = pre_tokenizers.Split(Regex(r" ?\w+|\s|[^\s\w]"), "isolated")
         words = dict.fromkeys(["<unk>", "<end>", *(word for word, _ in split.pre_tokenize_str(text))])

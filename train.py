@@ -152,7 +152,7 @@ class World:
             tqdm.write(" ".join(map(str, words)))
 
     def bar(self, total: int, what: str):
-        return tqdm(total=total, desc=what, disable=self.rank != 0 or not total, dynamic_ncols=True, leave=False)
+        return tqdm(total=total, desc=what, disable=True if self.rank or not total else None, dynamic_ncols=True, leave=False)
 
 
 # ------------------------------------------------------------------------------------------- the method
@@ -578,13 +578,14 @@ def build_toy(world: World, folder=Path("out/toy")) -> Path:
         toy = data.Triage()
         vocab_size, end = toy.write(temporary)
         torch.manual_seed(0)
-        model = Decoder(Config(vocab_size, hidden_size=96, intermediate_size=256, num_hidden_layers=3,
-                               num_attention_heads=4, max_position_embeddings=128, tie_word_embeddings=True)).to(world.device)
-        text, policy = data.Text(temporary, [end]), Policy(model)
-        steps, size, rng = 400, 64, np.random.default_rng(1)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, pct_start=0.1)
-        for _ in tqdm(range(steps), "training the toy's base model", leave=False):
+        model = Decoder(Config(vocab_size, hidden_size=64, intermediate_size=192, num_hidden_layers=3,
+                               num_attention_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
+                               initializer_range=0.1, rope_parameters={"rope_type": "default", "rope_theta": 100.0}))
+        text, policy, rng = data.Text(temporary, [end]), Policy(model.to(world.device)), np.random.default_rng(1)
+        steps, size, lr = 160, 64, 1e-2
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+        for _ in tqdm(range(steps), "training the toy's base model", leave=False, disable=None):
             records = [toy.record(rng, careless=True) for _ in range(size)]
             pairs = [(text.prompt(r["prompt"]), text.response(r["reasoning"], r["answer"])) for r in records]
             batch = [Sequence(prg.Trace(p + a, [len(p)], len(p + a)), len(p)) for p, a in pairs]
