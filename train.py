@@ -578,11 +578,11 @@ def build_toy(world: World, folder=Path("out/toy")) -> Path:
         toy = data.Triage()
         vocab_size, end = toy.write(temporary)
         torch.manual_seed(0)
-        model = Decoder(Config(vocab_size, hidden_size=64, intermediate_size=192, num_hidden_layers=3,
-                               num_attention_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
+        model = Decoder(Config(vocab_size, hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+                               num_attention_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
                                initializer_range=0.1, rope_parameters={"rope_type": "default", "rope_theta": 100.0}))
         text, policy, rng = data.Text(temporary, [end]), Policy(model.to(world.device)), np.random.default_rng(1)
-        steps, size, lr = 160, 64, 1e-2
+        steps, size, lr = 180, 64, 1e-2
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
         for _ in tqdm(range(steps), "training the toy's base model", leave=False, disable=None):
