@@ -74,7 +74,8 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
     if len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards are not whole groups of {group_size}")
     r = rewards.detach().view(-1, group_size)
-    return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True, correction=0) + 1e-4)).flatten()
+    away = r - r.mean(1, keepdim=True)
+    return (away / (away.square().mean(1, keepdim=True).sqrt() + 1e-4)).flatten()
 
 
 # ------------------------------------------------------------------------------------------------ losses
