@@ -29,7 +29,7 @@ class CheckpointError(ValueError):
 
 # ---------------------------------------------------------------------------------------------- config
 
-# What config.json may leave out, by family, and what the family's code fixes whatever config.json says.
+# What config.json may leave out, by family; and what the family's code fixes, whatever config.json says.
 DEFAULTS = {"llama": {}, "mistral": dict(num_key_value_heads=8, sliding_window=4096), "qwen2": {},
             "qwen3": dict(head_dim=128)}
 FIXED = {"llama": dict(use_sliding_window=False),
@@ -37,8 +37,8 @@ FIXED = {"llama": dict(use_sliding_window=False),
                          attention_bias=False, mlp_bias=False),
          "qwen2": dict(attention_bias=False, mlp_bias=False, qkv_bias=True),
          "qwen3": dict(mlp_bias=False, qk_norm=True)}
-ROPE_NEEDS = {"default": (), "linear": ("factor",), "yarn": ("factor",),
-              "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+ROPE_NEEDS = {"default": [], "linear": ["factor"], "yarn": ["factor"],
+              "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
 
 
 @dataclass
@@ -49,8 +49,8 @@ class Config:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int = None  # fewer than the heads: grouped-query attention
-    head_dim: int = None
+    num_key_value_heads: int | None = None  # fewer than the heads: grouped-query attention
+    head_dim: int | None = None
     model_type: str = "llama"
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
@@ -62,29 +62,26 @@ class Config:
     mlp_bias: bool = False
     initializer_range: float = 0.02
     rope_parameters: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
-    sliding_window: int = 4096
+    sliding_window: int | None = 4096
     use_sliding_window: bool = False
     max_window_layers: int = 28  # the layers below this one see everything
-    layer_types: list = None  # "full_attention" or "sliding_attention", for each layer
+    layer_types: list | None = None  # "full_attention" or "sliding_attention", for each layer
     raw: dict = field(default_factory=dict, repr=False)  # config.json as it was read, to write it back
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise CheckpointError(f"{self.num_attention_heads} attention heads cannot share "
-                                  f"{self.num_key_value_heads} key/value heads evenly")
-        if self.head_dim % 2:
-            raise CheckpointError(f"head_dim {self.head_dim} is odd, but rotary embeddings turn pairs")
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise CheckpointError(f"{self.num_attention_heads} heads of size {self.head_dim} do not fit: the size must be "
+                                  f"even, the number a multiple of num_key_value_heads, {self.num_key_value_heads}")
 
     @property
     def windows(self) -> list[int | None]:
         """How far each layer sees, in tokens, the current one included; None is all the way back."""
-        if not (self.use_sliding_window and self.sliding_window):
-            return [None] * self.num_hidden_layers
         kinds = self.layer_types or ["sliding_attention" if i >= self.max_window_layers else "full_attention"
                                      for i in range(self.num_hidden_layers)]
-        return [self.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+        return [self.sliding_window if self.use_sliding_window and kind == "sliding_attention" else None
+                for kind in kinds]
 
     @classmethod
     def from_dict(cls, raw: dict) -> "Config":
@@ -92,52 +89,47 @@ class Config:
 
         Raises CheckpointError for whatever this file would not compute exactly.
         """
-        if not isinstance(raw, dict) or raw.get("model_type") not in FIXED:
-            kind = raw.get("model_type") if isinstance(raw, dict) else None
-            raise CheckpointError(f"model_type {kind!r} is not supported, only {', '.join(FIXED)}")
-        family = raw["model_type"]
-        names = {f.name for f in fields(cls)} - {"raw", "rope_parameters", "qkv_bias", "qk_norm"}
-        known = {**DEFAULTS[family], **{k: v for k, v in raw.items() if k in names}, **FIXED[family]}
-        rope = read_rope(raw)
-        for f in fields(cls):
-            value, required = known.get(f.name), f.name in ("vocab_size", "hidden_size", "intermediate_size",
-                                                            "num_hidden_layers", "num_attention_heads")
-            fits = {int: lambda v: type(v) is int and v >= (f.name != "max_window_layers"),
-                    float: lambda v: type(v) in (int, float) and v > 0, bool: lambda v: type(v) is bool,
-                    str: lambda v: type(v) is str, list: lambda v: type(v) is list}.get(f.type)
-            if required and value is None or value is not None and fits and not fits(value):
-                raise CheckpointError(f"{f.name} is {value!r}, which is not a possible {f.type.__name__}")
+        family = raw.get("model_type") if isinstance(raw, dict) else None
+        if family not in FIXED:
+            raise CheckpointError(f"model_type {family!r} is not supported, only {', '.join(FIXED)}")
         if raw.get("quantization_config"):
             raise CheckpointError("the weights are quantized; use the checkpoint with the original float weights")
+        types = {f.name: f.type for f in fields(cls) if f.name not in ("raw", "rope_parameters", "qkv_bias", "qk_norm")}
+        known = {**DEFAULTS[family], **{k: v for k, v in raw.items() if k in types}}
+        for name, kind in types.items():
+            value = known.get(name, getattr(cls, name, None))
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not isinstance(value, kind | int if kind is float else kind) or number and value < (
+                    0 if name == "max_window_layers" or kind is float else 1):
+                raise CheckpointError(f"{name} is {value!r}, which is not possible")
+        known.update(FIXED[family], rope_parameters=read_rope(raw), raw=raw)
         if known.get("hidden_act", "silu") != "silu":
             raise CheckpointError(f"hidden_act {known['hidden_act']!r} is not supported, only 'silu'")
-        if known.get("layer_types") and len(known["layer_types"]) != known["num_hidden_layers"]:
-            raise CheckpointError(f"layer_types has {len(known['layer_types'])} entries for "
-                                  f"{known['num_hidden_layers']} layers")
-        return cls(**{k: v for k, v in known.items() if v is not None or k == "sliding_window"},
-                   rope_parameters=rope, raw=raw)
+        if len(known.get("layer_types") or range(known["num_hidden_layers"])) != known["num_hidden_layers"]:
+            raise CheckpointError(f"layer_types does not have num_hidden_layers = {known['num_hidden_layers']} entries")
+        return cls(**known)
 
     def to_dict(self) -> dict:
         """The content of a config.json that `from_dict` and `transformers` read as this model."""
         made = {k: v for k, v in asdict(self).items() if v is not None and k not in ("raw", "qkv_bias", "qk_norm")}
-        made["architectures"] = [self.model_type.capitalize() + "ForCausalLM"]
-        return dict(self.raw or made)
+        return dict(self.raw) or {**made, "architectures": [self.model_type.capitalize() + "ForCausalLM"]}
 
 
 def read_rope(raw: dict) -> dict:
-    """`rope_parameters` of newer files, or `rope_theta` and `rope_scaling` of older ones, as one dict."""
+    """`rope_parameters` of newer files, or `rope_theta` and `rope_scaling` of older ones, as one table."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
         raise CheckpointError("rope_parameters is not one flat table; tables by layer are not supported")
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **rope}
-    rope["rope_type"] = kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_NEEDS:
         raise CheckpointError(f"rope_type {kind!r} is not supported, only {', '.join(ROPE_NEEDS)}")
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1):
         raise CheckpointError("partial_rotary_factor is not supported: each head must be turned whole")
-    original = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    rope["original_max_position_embeddings"] = original or raw.get("max_position_embeddings", 2048)
-    for name in ("rope_theta", "original_max_position_embeddings") + ROPE_NEEDS[kind]:
+    trained = (raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+               or raw.get("max_position_embeddings", 2048))
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **rope, "rope_type": kind,
+            "original_max_position_embeddings": trained}
+    for name in ["rope_theta", "original_max_position_embeddings", *ROPE_NEEDS[kind]]:
         if type(rope.get(name)) not in (int, float) or rope[name] <= 0:
             raise CheckpointError(f"RoPE type {kind!r} needs a positive number for {name}, not {rope.get(name)!r}")
     return rope
@@ -190,27 +182,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------- decoder
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 class Attention(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, c: Config):
         super().__init__()
-        c, d = config, config.head_dim
-        qkv_bias = c.attention_bias or c.qkv_bias
+        d, qkv_bias = c.head_dim, c.attention_bias or c.qkv_bias
         self.head_dim, self.groups = d, c.num_attention_heads // c.num_key_value_heads
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * d, bias=qkv_bias)
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * d, bias=qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * d, bias=qkv_bias)
         self.o_proj = nn.Linear(c.num_attention_heads * d, c.hidden_size, bias=c.attention_bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(d, c.rms_norm_eps), RMSNorm(d, c.rms_norm_eps)
+            self.q_norm, self.k_norm = nn.RMSNorm(d, c.rms_norm_eps), nn.RMSNorm(d, c.rms_norm_eps)
 
     def forward(self, x, cos, sin, mask, keys_values=None):
         """x [B, T, hidden] -> the same shape. mask [B or 1, 1, T, S] bool, None for causal.
@@ -233,9 +215,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, c: Config):
         super().__init__()
-        c = config
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
@@ -245,12 +226,12 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, c: Config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, mask, keys_values=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, keys_values)
@@ -260,11 +241,11 @@ class Layer(nn.Module):
 class Trunk(nn.Module):
     """Holds what a checkpoint names `model.*`."""
 
-    def __init__(self, config: Config):
+    def __init__(self, c: Config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
+        self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
 class Decoder(nn.Module):
@@ -337,10 +318,11 @@ SHARD_BYTES = 5 * 10**9
 def read_json(path: Path):
     try:
         return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: give the folder of a Hugging Face checkpoint") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}): download it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): give the folder of a Hugging Face checkpoint"
+                              ) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): download it again") from None
 
 
 def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
@@ -350,31 +332,26 @@ def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
     folder is incomplete or describes anything that this file does not compute exactly.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder: give the folder of a Hugging Face checkpoint")
+    raw = read_json(folder / "config.json")
     try:
-        config = Config.from_dict(read_json(folder / "config.json"))
+        config = Config.from_dict(raw)
     except CheckpointError as error:
-        message = str(error)
-        raise CheckpointError(message if str(folder) in message else f"{folder / 'config.json'}: {message}") from None
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     with torch.device("meta"):  # shapes only, no memory yet
         model = Decoder(config)
 
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    tensors = {}
+    shapes, tensors = {name: p.shape for name, p in model.named_parameters()}, {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for name in file.keys():
                     if name.endswith("rotary_emb.inv_freq") or config.tie_word_embeddings and name == "lm_head.weight":
                         continue  # computed here from the config; a second copy of the embedding
-                    if name not in shapes:
-                        raise CheckpointError(f"{path} has an unexpected tensor {name}: it is not a plain "
-                                              f"{config.model_type} checkpoint, or not of this config.json")
-                    shape = tuple(file.get_slice(name).get_shape())
-                    if shape != shapes[name]:
-                        raise CheckpointError(f"{path}: {name} has shape {shape}, but config.json asks for "
-                                              f"{tuple(shapes[name])}")
+                    shape = torch.Size(file.get_slice(name).get_shape())
+                    if shape != shapes.get(name):
+                        wanted = f"shape {list(shapes[name])}" if name in shapes else "no such tensor"
+                        raise CheckpointError(f"{path} has {name} of shape {list(shape)}, but config.json asks for "
+                                              f"{wanted}: weights and config belong to different models")
                     tensors[name] = file.get_tensor(name).to(dtype)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read as safetensors ({error}): download it again") from None
@@ -386,47 +363,41 @@ def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
     model.tie()
 
     model.files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).is_file()}
-    check_vocabulary(folder, config)
+    check_vocabulary(folder / "tokenizer.json", config)
     generation = read_json(folder / "generation_config.json") if "generation_config.json" in model.files else {}
-    eos = generation.get("eos_token_id", config.raw.get("eos_token_id"))
+    eos = generation.get("eos_token_id", raw.get("eos_token_id"))
     model.eos_ids = tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
     return model
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder, all of them there."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json: "
-                              "give a checkpoint in safetensors format")
-    table = read_json(index)
-    names = table.get("weight_map") if isinstance(table, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensors to files of this folder: download it again")
-    paths = [folder / name for name in sorted(set(names.values()))]
-    for path in paths:
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing, but {index.name} names it: download it again")
-    return paths
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        names = ["model.safetensors"]
+    else:
+        try:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            assert all(Path(name).name == name for name in names)
+        except (KeyError, TypeError, AttributeError, AssertionError):
+            raise CheckpointError(f"{index} has no weight_map to files of this folder: download it again") from None
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing: give a complete checkpoint in safetensors format")
+    return [folder / name for name in names]
 
 
-def check_vocabulary(folder: Path, config: Config):
+def check_vocabulary(path: Path, config: Config):
     """A tokenizer with ids beyond the embedding would fail deep inside, on the first text that uses one."""
-    if not (folder / "tokenizer.json").is_file():
-        return
-    table = read_json(folder / "tokenizer.json")
     try:
-        vocab = table["model"]["vocab"]
-        ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
-        highest = max(ids + [token["id"] for token in table.get("added_tokens") or []])
-        fits = highest < config.vocab_size
+        table = read_json(path) if path.is_file() else {"model": {"vocab": []}}
+        vocab, added = table["model"]["vocab"], table.get("added_tokens") or []
+        highest = max([len(vocab) - 1, *(vocab.values() if isinstance(vocab, dict) else []), *(t["id"] for t in added)])
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{folder / 'tokenizer.json'} is not a tokenizer file: download it again") from None
-    if not fits:
-        raise CheckpointError(f"{folder / 'tokenizer.json'} has token id {highest}, but vocab_size in config.json is "
-                              f"{config.vocab_size}: the two belong to different models")
+        raise CheckpointError(f"{path} is not a tokenizer file: download it again") from None
+    if highest >= config.vocab_size:
+        raise CheckpointError(f"{path} has token id {highest}, but vocab_size in config.json is {config.vocab_size}: "
+                              "the two belong to different models")
 
 
 def save_pretrained(model: Decoder, folder):

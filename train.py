@@ -489,9 +489,6 @@ class Trainer:
 def train(settings: Settings, extra_reward=None):
     """A whole run: evaluate, train, save, evaluate again."""
     world = World(settings.device)
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, leave
-        signal.signal(number, lambda *_: stop.append(1))
     if not settings.model:
         toy = build_toy(world)
         settings.model = str(toy)
@@ -529,6 +526,13 @@ def train(settings: Settings, extra_reward=None):
             for old in out.glob("checkpoint-*.pt"):
                 old.unlink()
 
+    stop = []
+
+    def stop_soon(number, frame):  # finish the step, save, leave; at once when asked twice
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+    handlers = {number: signal.signal(number, stop_soon) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = world.bar(settings.steps, settings.method)
     bar.update(trainer.done)
     while trainer.done < settings.steps:
@@ -545,6 +549,8 @@ def train(settings: Settings, extra_reward=None):
             bar.close()
             return world.say(f"stopped after step {trainer.done}; go on with --resume")
     bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if world.rank == 0:
         save_pretrained(trainer.model, out / "model")
     if trainer.held_out:
@@ -606,10 +612,15 @@ def build_toy(world: World, folder=Path("out/toy")) -> Path:
 
 def main():
     try:
-        settings = parse_arguments()
-        train(settings)
-    except (CheckpointError, data.DataError, UsageError) as error:
-        sys.exit(f"error: {error}") if False else (print(f"error: {error}", file=sys.stderr), os._exit(2))
+        train(parse_arguments())
+    except (CheckpointError, data.DataError, UsageError, OSError) as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
