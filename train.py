@@ -178,6 +178,10 @@ class Sequence:
     def response(self) -> list[int]:
         return self.ids[self.prompt_length:]
 
+    @property
+    def length(self) -> int:
+        return len(self.response)
+
 
 class Policy(nn.Module):
     """The decoder as a function to log-probabilities. DDP wraps this, and calling the wrapper is what arms it."""
@@ -196,13 +200,6 @@ def response_cells(sequences: list[Sequence], device) -> tuple[Tensor, ...]:
     cells = [(b, s.prompt_length + t - 1, token, t) for b, s in enumerate(sequences)
              for t, token in enumerate(s.response)]
     return torch.tensor(cells, dtype=torch.long, device=device).reshape(-1, 4).T.unbind()
-
-
-def batch_of(count: int, size: int, seed: int, step: int) -> list[int]:
-    """Which of `count` items a step takes: an epoch is a shuffle, cut into whole batches without repeats."""
-    size = min(size, count)
-    epoch, place = divmod(step, count // size)
-    return np.random.default_rng([seed, epoch]).permutation(count)[place * size:(place + 1) * size].tolist()
 
 
 class Trainer:
@@ -293,73 +290,91 @@ class Trainer:
                         self.model.lm_head, torch.cat([packed.target, target]))
                 support = packed.support(values[:len(packed.row), 0])
                 gains = prg.progressive_reasoning_gain(support, packed.mask).tolist()
-                for s, gain, value in zip(batch, gains, values[len(packed.row):].split([len(s.response) for s in batch])):
+                for s, gain, value in zip(batch, gains, values[len(packed.row):].split([s.length for s in batch])):
                     s.prg = gain if s.complete else -1.0
                     s.logprobs, (s.certainty, s.entropy) = value[:, 0], value[:, 1:].mean(0).tolist()
                 bar.update(len(batch))
 
     def step(self) -> dict:
-        """Sample, score, weigh, update; the line that goes into metrics.jsonl."""
-        s, world, step = self.settings, self.world, self.done
-        clock = [time.perf_counter()]
-        queries, traces = [], []
-        if s.method != "rd":
-            queries = world.mine([self.unlabeled[i] for i in batch_of(len(self.unlabeled), s.queries_per_step, s.seed, step)])
-        if self.traces:
-            traces = world.mine([self.traces[i] for i in batch_of(len(self.traces), s.traces_per_step, s.seed, step)])
-        responses = self.sample(queries, s.group_size, s.temperature, seed=s.seed * 10**6 + step)
+        """Sample, score, weigh, update; returns the line that goes into metrics.jsonl."""
+        s, world, clock = self.settings, self.world, [self.now()]
+        queries = [] if s.method == "rd" else world.mine(self.batch(self.unlabeled, s.queries_per_step))
+        traces = world.mine(self.batch(self.traces, s.traces_per_step))
+        responses = self.sample(queries, s.group_size, s.temperature, seed=s.seed * 10**6 + self.done)
         rollouts = [self.sequence(prompt, response) for prompt, group in zip(queries, responses) for response in group]
         clock.append(self.now())
-
         self.score(rollouts + traces)
-        def column(sequences, name):
-            return torch.tensor([getattr(x, name) for x in sequences], dtype=torch.double)
-        gains, lengths = column(rollouts, "prg"), torch.tensor([len(x.response) for x in rollouts]).double()
-        sums = [len(rollouts), gains.sum(), column(rollouts, "certainty").sum(), column(rollouts, "entropy").sum(),
-                lengths.sum(), column(rollouts, "complete").sum(), len(traces), column(traces, "prg").sum(),
-                sum(len(x.response) for x in traces)]
-        n, prg_sum, certainty, entropy, tokens, answered, n_traces, trace_prg, trace_tokens = world.sum(
-            torch.tensor(sums, dtype=torch.double, device=world.device)).tolist()
-
-        # The anchor, the weights, the reward, its advantage, and lambda: README, "The method".
-        if n_traces:
-            new = trace_prg / n_traces
-            self.anchor = new if self.anchor is None else s.anchor_decay * self.anchor + (1 - s.anchor_decay) * new
-        w = torch.ones(len(rollouts), dtype=torch.double)
-        if s.method == "hytuning":
-            w = hytuning.adaptive_weights(gains, self.anchor, s.tau)
-        r = w * (column(rollouts, "certainty") if s.reward == "self_certainty" else -column(rollouts, "entropy"))
-        if self.extra_reward:
-            r = r + torch.tensor([self.extra_reward(self.text.decode(x.ids[:x.prompt_length]), self.text.decode(x.response))
-                                  for x in rollouts], dtype=torch.double)
-        for x, advantage in zip(rollouts, hytuning.group_advantages(r, s.group_size).tolist()):
-            x.advantage = advantage
-        weight = world.sum(w.sum().to(world.device)).item() / max(n, 1)
-        lam = {"hytuning": weight, "static": 0.5, "rd": 0.0, "rlif": 1.0}[s.method]
         clock.append(self.now())
 
-        chosen = rollouts * (lam > 0) + traces * (lam < 1)
-        for _ in range(s.updates_per_batch):
-            losses = world.sum(self.backward(chosen, lam, max(trace_tokens, 1), max(n, 1))).tolist()
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.max_grad_norm).item()
-            if math.isfinite(norm):
+        of_rollouts = self.totals(rollouts)
+        of_traces = self.totals(traces)
+        lam = self.weigh(rollouts, of_rollouts["count"], of_traces)
+        losses, norm = self.update(rollouts * (lam > 0) + traces * (lam < 1), lam, of_traces["length"], of_rollouts["count"])
+        clock.append(self.now())
+        self.done += 1
+
+        def mean(total, name):
+            return total[name] / total["count"] if total["count"] else None
+        seconds = [end - start for start, end in zip(clock, clock[1:])]
+        return {"step": self.done, "loss": hytuning.hytuning_loss(*losses, lam),
+                "loss_rd": losses[0] if of_traces["count"] else None,
+                "loss_rlif": losses[1] if of_rollouts["count"] else None,  # 0 on policy, but its gradient is not
+                "lambda": lam, "anchor": self.anchor, "prg_rollouts": mean(of_rollouts, "prg"),
+                "prg_traces": mean(of_traces, "prg"), "self_certainty": mean(of_rollouts, "certainty"),
+                "entropy": mean(of_rollouts, "entropy"), "response_length": mean(of_rollouts, "length"),
+                "answered": mean(of_rollouts, "complete"), "grad_norm": norm if math.isfinite(norm) else None,
+                "skipped": self.bad_steps, "tokens_per_second": of_rollouts["length"] / sum(seconds),
+                "seconds_sampling": seconds[0], "seconds_scoring": seconds[1], "seconds_update": seconds[2]}
+
+    def batch(self, items: list, size: int) -> list:
+        """This step's items, of all processes: an epoch is a shuffle, cut into whole batches without repeats."""
+        size = min(size, len(items))
+        if not size:
+            return []
+        epoch, place = divmod(self.done, len(items) // size)
+        order = np.random.default_rng([self.settings.seed, epoch]).permutation(len(items))
+        return [items[i] for i in order[place * size:(place + 1) * size]]
+
+    def totals(self, sequences: list[Sequence]) -> dict[str, float]:
+        """Sums over the sequences of all processes; means divide by the global count, so no share counts more."""
+        names = ("prg", "certainty", "entropy", "length", "complete")
+        sums = [float(len(sequences))] + [sum(float(getattr(x, name)) for x in sequences) for name in names]
+        total = self.world.sum(torch.tensor(sums, dtype=torch.double, device=self.world.device))
+        return dict(zip(("count", *names), total.tolist()))
+
+    def weigh(self, rollouts: list[Sequence], count: float, of_traces: dict[str, float]) -> float:
+        """Move the anchor, set each rollout's advantage, and return lambda: README, "The method"."""
+        s = self.settings
+        if of_traces["count"]:
+            mean = of_traces["prg"] / of_traces["count"]
+            self.anchor = mean if self.anchor is None else s.anchor_decay * self.anchor + (1 - s.anchor_decay) * mean
+
+        def column(name):
+            return torch.tensor([getattr(x, name) for x in rollouts], dtype=torch.double)
+        w = torch.ones(len(rollouts), dtype=torch.double)
+        if s.method == "hytuning":
+            w = hytuning.adaptive_weights(column("prg"), self.anchor, s.tau)
+        r = w * (column("certainty") if s.reward == "self_certainty" else -column("entropy"))
+        if self.extra_reward:
+            r += torch.tensor([self.extra_reward(self.text.decode(x.ids[:x.prompt_length]), self.text.decode(x.response))
+                               for x in rollouts], dtype=torch.double)
+        for x, advantage in zip(rollouts, hytuning.group_advantages(r, s.group_size).tolist()):
+            x.advantage = advantage
+        mean_weight = self.world.sum(w.sum().to(self.world.device)).item() / max(count, 1)
+        return {"hytuning": mean_weight, "static": 0.5, "rd": 0.0, "rlif": 1.0}[s.method]
+
+    def update(self, sequences: list[Sequence], lam: float, tokens: float, rollouts: float) -> tuple[list[float], float]:
+        """One optimiser step (or --updates_per_batch); ([L_RD, L_RLIF], norm of the gradient)."""
+        for _ in range(self.settings.updates_per_batch):
+            losses = self.world.sum(self.backward(sequences, lam, max(tokens, 1), max(rollouts, 1))).tolist()
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm).item()
+            if math.isfinite(norm):  # the same in all processes, since DDP has exchanged the gradients
                 self.optimizer.step()
             self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
             self.optimizer.zero_grad(set_to_none=True)
-        clock.append(self.now())
         if self.bad_steps >= 10:
             raise UsageError("the gradient was not finite in ten steps in a row: lower --lr or use --dtype float32")
-
-        self.done += 1
-        mean = (lambda total: total / n) if n else lambda total: None
-        seconds = [b - a for a, b in zip(clock, clock[1:])]
-        return {"step": self.done, "loss": hytuning.hytuning_loss(*losses, lam), "loss_rd": losses[0] if n_traces else None,
-                "loss_rlif": losses[1] if n else None,  # 0 on policy, by construction; its gradient is not
-                "lambda": lam, "anchor": self.anchor, "prg_rollouts": mean(prg_sum),
-                "prg_traces": trace_prg / n_traces if n_traces else None, "self_certainty": mean(certainty),
-                "entropy": mean(entropy), "response_length": mean(tokens), "answered": mean(answered),
-                "grad_norm": norm, "skipped": self.bad_steps, "tokens_per_second": tokens / sum(seconds),
-                "seconds_sampling": seconds[0], "seconds_scoring": seconds[1], "seconds_update": seconds[2]}
+        return losses, norm
 
     def now(self) -> float:
         if self.world.device.type == "cuda":
@@ -380,7 +395,7 @@ class Trainer:
             batch = [sequences[i] for i in indices]
             row, source, target, offset = response_cells(batch, device)
             ids = nn.utils.rnn.pad_sequence([torch.tensor(x.ids) for x in batch], batch_first=True).to(device)
-            shape = len(batch), max(len(x.response) for x in batch)
+            shape = len(batch), max(x.length for x in batch)
 
             def table(values):
                 return torch.zeros(shape, device=device).index_put((row, offset), values.float())

@@ -1,0 +1,958 @@
+"""What the code claims, against definitions: a naive loop, `transformers`, a count, a hand computation.
+
+In the order in which a reader meets the ideas: prg, hytuning, model, sampling, data, train. `pytest` runs all of it
+in about two minutes on a CPU; the tests that compare with `transformers` are skipped where it is not installed.
+HYTUNING_SMOLLM2=FOLDER, a real checkpoint with a reference.json beside it, switches one more test on.
+
+SPDX-License-Identifier: MIT
+"""
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import data
+import model as decoder
+from hytuning import (adaptive_weights, distillation_loss, entropy, group_advantages, hytuning_loss, over_vocabulary,
+                      rlif_loss, self_certainty, token_logprobs)
+from model import CheckpointError, Config, Decoder, generate, load_pretrained, save_pretrained
+from prg import Trace, answer_support, auroc, brier_score, expected_calibration_error, progressive_reasoning_gain
+
+VOCAB = 61
+
+
+def tiny(vocab=VOCAB, **options) -> Decoder:
+    """A random decoder, far enough from uniform that a wrong mask or position shows."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, initializer_range=0.3)
+    return Decoder(Config(vocab, **{**sizes, **options})).eval()
+
+
+def transformers():
+    return pytest.importorskip("transformers", reason="the reference that the decoder is compared with")
+
+
+def close(a, b, tolerance=1e-6):
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=tolerance, atol=tolerance,
+                               check_dtype=False)
+
+
+# ------------------------------------------------------------------------------------------------- prg
+
+def gain(*supports) -> float:
+    p = torch.tensor([supports])
+    return progressive_reasoning_gain(p, torch.ones_like(p, dtype=torch.bool)).item()
+
+
+def test_gain_rewards_steady_support():
+    assert gain(0, 0.25, 0.5, 0.75, 1) == pytest.approx(1), "equal steps from no idea to certain"
+    assert gain(0, 0, 0, 0.9, 0.9) == pytest.approx(0.9 / 4), "one step does it all: 1/K of what was gained"
+    assert 0 < gain(0.1, 0.9, 0.1, 0.9, 0.2) < 0.01, "back and forth"
+    assert gain(0.99, 0.99, 0.99) == 0, "certain from the start, nothing earned"
+    assert gain(1, 0.5, 0) == pytest.approx(-1), "support lost step by step"
+
+
+def test_gain_at_the_edges():
+    assert gain(0.2, 0.7) == pytest.approx(0.5), "one step: the net gain"
+    assert gain(0.7) == 0, "no step, nothing earned"
+    nothing = torch.zeros(1, 3)
+    assert progressive_reasoning_gain(nothing, nothing.bool()).item() == -1, "no answer"
+
+
+@given(st.lists(st.lists(st.floats(0, 1, width=32), max_size=7), min_size=1, max_size=5))
+def test_gain_is_its_definition_within_bounds_whatever_the_padding(rows):
+    width = max(map(len, rows)) + 1
+    p = torch.full((len(rows), width), 0.5)  # what stands in the padding must not matter
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        p[i, :len(row)], mask[i, :len(row)] = torch.tensor(row), True
+
+    def definition(row):
+        steps = [b - a for a, b in zip(row, row[1:])]
+        if not any(steps):
+            return 0.0 if row else -1.0
+        return (row[-1] - row[0])**3 / (len(steps) * sum(g * g for g in steps))
+    found = progressive_reasoning_gain(p, mask)
+    close(found, [definition(row) for row in rows])
+    assert found.abs().max() <= 1 + 1e-6
+
+
+def separate_passes(model, trace) -> list[float]:
+    """Support by its definition: for each k one pass over prefix, marker and answer."""
+    marker, answer = trace.tokens[trace.cuts[-1]:trace.answer_start], trace.tokens[trace.answer_start:]
+    supports = []
+    for cut in trace.cuts if answer else []:
+        ids = trace.tokens[:cut] + marker + answer
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids]))[0].log_softmax(-1)
+        first = cut + len(marker)
+        supports.append(math.exp(sum(logprobs[first + t - 1, y] for t, y in enumerate(answer)) / len(answer)))
+    return supports
+
+
+def make_trace(steps, prompt=3, marker=2, answer=2, tail=0, seed=0) -> Trace:
+    """A trace of random tokens with parts of these lengths."""
+    rng, cuts = random.Random(seed), [prompt]
+    for length in steps:
+        cuts.append(cuts[-1] + length)
+    tokens = [rng.randrange(VOCAB) for _ in range(cuts[-1] + marker + answer + tail)]
+    end = len(tokens) - tail
+    return Trace(tokens[:end], cuts, cuts[-1] + marker, tokens[end:])
+
+
+TRACES = [make_trace([4, 3, 5]), make_trace([2] * 6, seed=1), make_trace([3, 0, 0, 2], seed=2),
+          make_trace([], seed=3), make_trace([3, 2], answer=1, seed=4), make_trace([3, 2], marker=0, seed=5),
+          make_trace([2, 2], marker=0, answer=1, seed=6), make_trace([3], answer=0, seed=7),
+          make_trace([1, 1], prompt=1, tail=3, answer=4, seed=8)]
+
+
+def check_support(model, traces, reference=None):
+    support, mask = answer_support(model, traces)
+    for trace, p, m in zip(traces, support, mask):
+        expected = separate_passes(reference or model, trace)
+        assert m.tolist() == [True] * len(expected) + [False] * (len(m) - len(expected))
+        close(p[m], expected, 1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_packed_support_is_that_of_separate_passes(window):
+    """Of different depth, cuts repeated, no step, a one-token answer, no marker, no answer, a tail."""
+    check_support(tiny(use_sliding_window=bool(window), sliding_window=window, max_window_layers=1), TRACES)
+
+
+MODEL = tiny()
+LENGTHS = st.builds(make_trace, st.lists(st.integers(0, 4), max_size=4), st.integers(1, 4), st.integers(0, 2),
+                    st.integers(0, 3), st.integers(0, 2), st.integers(0, 99))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(LENGTHS, min_size=1, max_size=4))
+def test_packed_support_of_any_trace(traces):
+    check_support(MODEL, traces)
+
+
+def test_support_needs_only_a_callable():
+    check_support(lambda ids, positions, mask: MODEL(ids, positions, mask), TRACES, reference=MODEL)
+
+
+def test_support_through_a_transformers_model():
+    tf = transformers()
+    torch.manual_seed(0)
+    other = tf.LlamaForCausalLM(tf.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.3, attn_implementation="sdpa")).eval()
+    check_support(lambda ids, positions, mask: other(ids, position_ids=positions, attention_mask=mask).logits,
+                  TRACES, reference=lambda ids: other(ids).logits)
+
+
+def test_a_tail_changes_nothing():
+    bare, longer = make_trace([3, 2]), make_trace([3, 2])
+    longer.tail = [7, 8, 9]
+    close(answer_support(MODEL, [bare])[0], answer_support(MODEL, [longer])[0])
+
+
+def test_cuts_that_do_not_fit_are_refused():
+    for cuts, answer_start in (([], 2), ([0, 1], 2), ([2, 1], 3), ([1, 3], 2), ([1], 9)):
+        with pytest.raises(ValueError):
+            Trace([1, 2, 3, 4], cuts, answer_start)
+
+
+# Confidences as they come up: k of n votes. In whole numbers the bin has no rounding.
+VOTES = st.lists(st.integers(1, 20).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n), st.booleans())),
+                 min_size=1, max_size=40)
+
+
+@given(VOTES)
+def test_calibration_measures_are_their_definitions(votes):
+    confidence, correct = [k / n for k, n, _ in votes], [right for _, _, right in votes]
+    bins = {}
+    for k, n, right in votes:
+        bins.setdefault(min(10 * k // n, 9), []).append((k / n, right))
+    gaps = [abs(sum(c for c, _ in b) / len(b) - sum(r for _, r in b) / len(b)) * len(b) for b in bins.values()]
+    close(expected_calibration_error(confidence, correct), sum(gaps) / len(votes))
+    close(brier_score(confidence, correct), sum((c - r)**2 for c, r in zip(confidence, correct)) / len(votes))
+    pairs = [(a > b) + 0.5 * (a == b) for a, right in zip(confidence, correct) if right
+             for b, other in zip(confidence, correct) if not other]
+    if pairs:
+        close(auroc(confidence, correct), sum(pairs) / len(pairs))
+    else:
+        assert math.isnan(auroc(confidence, correct)), "no right or no wrong answer: nothing to tell apart"
+
+
+def test_calibration_by_hand():
+    assert expected_calibration_error([0, 1, 0.7, 0.7], [0, 1, 1, 0]) == pytest.approx(0.1), "edge bins are exact"
+    assert brier_score(torch.tensor([1.0, 0.5]), torch.tensor([False, True])) == pytest.approx(0.625)
+    assert auroc([0.5, 0.5], [1, 0]) == 0.5, "a tie counts half"
+    with pytest.raises(ValueError):
+        brier_score([1.5], [1])
+
+
+# -------------------------------------------------------------------------------------------- hytuning
+
+def random_logits(*shape, dtype=torch.double):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=dtype) * 2
+
+
+def test_certainty_and_entropy_are_their_definitions():
+    logits, V = random_logits(3, 5, 7), 7
+    pi = logits.softmax(-1)
+    close(self_certainty(logits), sum(1 / V * torch.log(1 / V / pi[..., v]) for v in range(V)))  # KL(U || pi)
+    close(entropy(logits), -sum(pi[..., v] * pi[..., v].log() for v in range(V)))
+    targets = torch.arange(15).reshape(3, 5) % V
+    close(token_logprobs(logits, targets), pi.gather(-1, targets[..., None])[..., 0].log())
+    close(self_certainty(torch.full((2, 9), 3.0)), [0.0, 0.0])
+    assert (self_certainty(logits) > 0).all()
+
+
+def test_advantages_of_a_group(recwarn):
+    rewards = random_logits(12)
+    A = group_advantages(rewards, 4).view(3, 4)
+    close(A.mean(1), [0.0] * 3)
+    close(A.std(1, unbiased=False), [1.0] * 3, 1e-3)
+    r = rewards.view(3, 4)
+    assert ((A > 0) == (r > r.mean(1, keepdim=True))).all(), "a sign is never flipped"
+    assert (A.argsort(1) == r.argsort(1)).all()
+    assert (group_advantages(torch.full((6,), 0.1), 3).abs() < 1e-3).all(), "nothing to prefer"
+    assert group_advantages(rewards, 1).tolist() == [0] * 12 and not recwarn.list
+    with pytest.raises(ValueError):
+        group_advantages(rewards, 5)
+
+
+def test_a_weight_lowers_a_reward_but_never_turns_it_round():
+    """Among equally certain rollouts the better earned wins, among equally earned ones the more certain."""
+    w, certainty = adaptive_weights(torch.tensor([0.1, 0.4, 0.4, -1.0]), 0.4), torch.tensor([3.0, 3.0, 5.0, 5.0])
+    A = group_advantages(w * certainty, 4)
+    assert A[2] > A[1] > A[0] > A[3], "confident and wrong comes last"
+
+
+def test_adaptive_weights_are_relative_to_the_anchor():
+    prg = torch.linspace(-1, 1, 21, requires_grad=True)
+    for anchor, tau in ((0.5, 0.25), (0.1, 0.1), (0.9, 1.0)):
+        w = adaptive_weights(prg, anchor, tau)
+        close(w, [1 / (1 + math.exp(-(p / anchor - 1) / tau)) for p in prg.tolist()])
+        assert adaptive_weights(torch.tensor([anchor]), anchor, tau).item() == pytest.approx(0.5)
+        assert (w.diff() >= 0).all() and not w.requires_grad
+    assert torch.equal(adaptive_weights(prg, -0.3), adaptive_weights(prg, 0.05)), "the anchor's floor"
+    assert adaptive_weights(prg, torch.tensor(0.4, requires_grad=True)).grad_fn is None
+
+
+def some_losses():
+    """Log-probabilities of 4 sequences of up to 5 tokens, masks, advantages; as leaves that want a gradient."""
+    logprobs = (-random_logits(4, 5).abs() - 0.1).requires_grad_()
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).double()
+    return logprobs, mask, torch.tensor([1.5, -0.5, 0.25, -1.25], dtype=torch.double)
+
+
+def test_losses_by_hand():
+    logprobs, mask, A = some_losses()
+    old, reference = logprobs.detach() + random_logits(4, 5) / 5, logprobs.detach() - random_logits(4, 5) / 3
+    clip, kl, nll, gains = 0.2, 0.3, 0.0, 0.0
+    for j in range(4):
+        tokens = [t for t in range(5) if mask[j, t]]
+        for t in tokens:
+            now, before, start = (x[j, t].item() for x in (logprobs, old, reference))
+            nll += -now
+            ratio, a = math.exp(now - before), A[j].item()
+            gain = min(ratio * a, min(max(ratio, 1 - clip), 1 + clip) * a)
+            gains += (gain - kl * (math.exp(start - now) - 1 - (start - now))) / len(tokens) / 4
+    rd = distillation_loss(logprobs, mask)
+    rlif = rlif_loss(logprobs, mask, A, old_logprobs=old, clip=clip, reference_logprobs=reference, kl=kl)
+    close(rd, nll / 11)
+    close(rlif, -gains)
+    close(hytuning_loss(rd, rlif, 0.3), 0.7 * nll / 11 - 0.3 * gains)
+
+
+def test_shares_with_global_counts_add_up_to_the_whole():
+    logprobs, mask, A = some_losses()
+    parts = [slice(0, 1), slice(1, 4), slice(4, 4)]  # one process may have nothing at all
+    close(sum(distillation_loss(logprobs[s], mask[s], mask.sum()) for s in parts), distillation_loss(logprobs, mask))
+    whole = rlif_loss(logprobs, mask, A)
+    close(sum(rlif_loss(logprobs[s], mask[s], A[s], 4) for s in parts), whole)
+    close(whole, -A.mean())
+
+
+def test_the_on_policy_loss_is_zero_but_its_gradient_is_the_policy_gradient():
+    logprobs, mask, _ = some_losses()
+    A = group_advantages(random_logits(4), 4).requires_grad_()
+    loss = rlif_loss(logprobs, mask, A)
+    found, = torch.autograd.grad(loss, logprobs, retain_graph=True)
+    expected, = torch.autograd.grad(-(A.detach() * (logprobs * mask).sum(1) / mask.sum(1)).mean(), logprobs)
+    close(loss.detach(), 0.0)
+    close(found, expected)
+    assert found.abs().max() > 0.1
+    assert torch.autograd.grad(loss, A, allow_unused=True) == (None,), "no gradient makes an advantage larger"
+
+
+def test_finite_difference_of_the_policy_gradient_through_the_decoder():
+    """In float64, along a random direction of all parameters: what backward says of sum A mean log pi / n."""
+    model, ids = tiny().double(), torch.arange(20).reshape(2, 10) % VOCAB
+    mask, A = torch.ones(2, 9).double(), torch.tensor([1.0, -0.6]).double()
+    logprobs = lambda: token_logprobs(model(ids)[:, :-1], ids[:, 1:])  # noqa: E731
+    rlif_loss(logprobs(), mask, A).backward()
+    torch.manual_seed(2)
+    direction = [torch.randn_like(p) for p in model.parameters()]
+    slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), direction))
+
+    def objective_at(step):
+        with torch.no_grad():
+            for p, d in zip(model.parameters(), direction):
+                p += step * d
+            value = -(A * logprobs().mean(1)).mean()
+            for p, d in zip(model.parameters(), direction):
+                p -= step * d
+        return value
+    close(slope, (objective_at(1e-5) - objective_at(-1e-5)) / 2e-5, 1e-5)
+
+
+@pytest.mark.parametrize("log_ratio, advantage, moves", [
+    (0.5, 1, False), (0.5, -1, True), (-0.5, 1, True), (-0.5, -1, False), (0.1, 1, True), (-0.1, -1, True)])
+def test_clipping_stops_what_went_far_enough_but_not_the_way_back(log_ratio, advantage, moves):
+    logprobs = torch.tensor([[-1.0]], requires_grad=True)
+    rlif_loss(logprobs, torch.ones(1, 1), torch.tensor([float(advantage)]),
+              old_logprobs=torch.tensor([[-1.0 - log_ratio]]), clip=0.2).backward()
+    assert bool(logprobs.grad) == moves
+
+
+def test_the_kl_estimate_is_right_on_average_never_negative_and_zero_at_the_reference():
+    now, start = random_logits(2, 9).log_softmax(-1).requires_grad_()
+    one, none = torch.ones(1, 1), torch.zeros(1)
+    def k3(a, b): return rlif_loss(a.view(1, 1), one, none, reference_logprobs=b.detach().view(1, 1), kl=1.0)
+    values = torch.stack([k3(a, b) for a, b in zip(now, start)])
+    assert (values >= 0).all() and k3(now[0], now[0]) == 0
+    assert torch.autograd.grad(k3(now[0], now[0]), now)[0].abs().max() == 0
+    close((now.exp() * values).sum(), (now.exp() * (now - start)).sum())  # E k3 = KL(pi || reference)
+
+
+def test_over_vocabulary_is_the_plain_computation_in_pieces():
+    hidden, targets = random_logits(10, 6, dtype=torch.float).requires_grad_(), torch.arange(10)
+    head, seen = torch.nn.Linear(6, 23, bias=False), []
+
+    def watched(x):
+        seen.append(len(x))
+        return head(x)
+
+    def statistic(logits, targets):
+        return token_logprobs(logits, targets) + self_certainty(logits).square()
+    pieces = over_vocabulary(statistic, hidden, watched, targets, chunk=4)
+    plain = statistic(head(hidden), targets)
+    close(pieces, plain)
+    for a, b in zip(*(torch.autograd.grad(x.sin().sum(), (hidden, head.weight)) for x in (pieces, plain))):
+        close(a, b, 1e-5)
+    assert sorted(seen) == [2, 2, 4, 4, 4, 4], "never all logits at once, and computed again in backward"
+
+
+# ----------------------------------------------------------------------------------------------- model
+
+def rope(kind, **more):
+    return dict(rope_parameters=dict(rope_type=kind, rope_theta=5e3, **more))
+
+
+SHORT = dict(factor=4.0, original_max_position_embeddings=16)
+CHECKPOINTS = {
+    "llama": ("Llama", {}), "tied": ("Llama", dict(tie_word_embeddings=True)),
+    "no GQA": ("Llama", dict(num_key_value_heads=6)), "one key head": ("Llama", dict(num_key_value_heads=1)),
+    "biases": ("Llama", dict(attention_bias=True, mlp_bias=True)), "head_dim": ("Llama", dict(head_dim=16)),
+    "linear": ("Llama", rope("linear", factor=4.0)),
+    "llama3": ("Llama", rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, **SHORT)),
+    "yarn": ("Qwen2", rope("yarn", **SHORT)),
+    "yarn, all of it": ("Llama", rope("yarn", mscale=0.7, mscale_all_dim=0.3, beta_fast=16, truncate=False, **SHORT)),
+    "mistral": ("Mistral", dict(sliding_window=7)), "mistral, no window": ("Mistral", dict(sliding_window=None)),
+    "qwen2": ("Qwen2", {}), "qwen2, window off": ("Qwen2", dict(use_sliding_window=False, sliding_window=5)),
+    "qwen2, window": ("Qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+    "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
+    "qwen3, layer_types": ("Qwen3", dict(head_dim=8, attention_bias=True, use_sliding_window=True, sliding_window=5,
+                                         layer_types=["sliding_attention", "full_attention", "sliding_attention"]))}
+IDS = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(3))
+
+
+def write_checkpoint(folder, family="Llama", options={}, dtype=torch.float32, **how):
+    """A random tiny model, written by transformers."""
+    tf = transformers()
+    sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+                 num_key_value_heads=2, max_position_embeddings=256)
+    torch.manual_seed(0)
+    config = getattr(tf, f"{family}Config")(**{**sizes, **options})
+    model = getattr(tf, f"{family}ForCausalLM")(config).eval()
+    for name, p in model.named_parameters():  # away from the ones and zeros that would hide a mistake
+        torch.nn.init.normal_(p, float("norm" in name), 0.3 if p.ndim == 1 else 0.15)
+    model.to(dtype).save_pretrained(folder, **how)
+    return model.float()
+
+
+def reopened(folder):
+    """Opened by transformers, which must find exactly what it asks for."""
+    model, info = transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                                                      output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def edit_json(path, **changes):
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@torch.no_grad()
+def test_the_decoder_is_that_of_transformers_there_and_back(name, tmp_path):
+    theirs = write_checkpoint(tmp_path / "theirs", *CHECKPOINTS[name])
+    ours = load_pretrained(tmp_path / "theirs")
+    close(ours(IDS), theirs(IDS).logits, 1e-4)
+    prompts = [IDS[0, :12], IDS[1, :5]]
+    greedy = [theirs.generate(p[None], attention_mask=torch.ones_like(p)[None], max_new_tokens=24, do_sample=False,
+                              eos_token_id=None, pad_token_id=0)[0, len(p):].tolist() for p in prompts]
+    assert generate(ours, [p.tolist() for p in prompts], max_new_tokens=24, temperature=0) == [[g] for g in greedy]
+    save_pretrained(ours, tmp_path / "ours")
+    close(reopened(tmp_path / "ours")(IDS).logits, theirs(IDS).logits, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "linear", "llama3", "yarn"])
+@torch.no_grad()
+def test_the_older_spelling_of_a_config(name, tmp_path):
+    """`rope_theta`, `rope_scaling` and `torch_dtype`; a theta of its own shows whether it is read."""
+    theirs = write_checkpoint(tmp_path / "theirs", CHECKPOINTS[name][0], CHECKPOINTS[name][1] or rope("default"))
+    path = tmp_path / "theirs" / "config.json"
+    scaling = json.loads(path.read_text())["rope_parameters"]
+    theta, kind = scaling.pop("rope_theta"), scaling.pop("rope_type")
+    older = None if kind == "default" else {**scaling, ("type" if kind == "linear" else "rope_type"): kind}
+    edit_json(path, rope_parameters=..., dtype=..., rope_theta=theta, rope_scaling=older, torch_dtype="float32")
+    ours = load_pretrained(tmp_path / "theirs")
+    close(ours(IDS), theirs(IDS).logits, 1e-4)
+    save_pretrained(ours, tmp_path / "ours")
+    close(reopened(tmp_path / "ours")(IDS).logits, theirs(IDS).logits, 1e-5)
+
+
+@pytest.mark.parametrize("left", [False, True])
+@torch.no_grad()
+def test_padding_changes_nothing(left):
+    model = tiny(use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    rows = [IDS[0, :9] % VOCAB, IDS[1, :5] % VOCAB]
+    ids, positions = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)
+    places = [slice(9 - len(row), 9) if left else slice(0, len(row)) for row in rows]
+    mask = torch.eye(9, dtype=torch.bool).repeat(2, 1, 1, 1)
+    for b, (row, place) in enumerate(zip(rows, places)):
+        ids[b, place], positions[b, place] = row, torch.arange(len(row))
+        mask[b, 0, place, place] = torch.ones(len(row), len(row)).tril().bool()
+    logits = model(ids, positions, mask)
+    for b, (row, place) in enumerate(zip(rows, places)):
+        close(logits[b, place], model(row[None])[0], 1e-5)
+
+
+@torch.no_grad()
+def test_a_bfloat16_file_becomes_a_float32_model(tmp_path):
+    theirs = write_checkpoint(tmp_path, dtype=torch.bfloat16)
+    ours = load_pretrained(tmp_path)
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    close(ours(IDS), theirs(IDS).logits, 1e-4)
+    assert load_pretrained(tmp_path, dtype=torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_shards_there_and_back(tmp_path, monkeypatch):
+    theirs = write_checkpoint(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    ours = load_pretrained(tmp_path)
+    close(ours(IDS), theirs(IDS).logits, 1e-4)
+    monkeypatch.setattr(decoder, "SHARD_BYTES", 70_000)
+    save_pretrained(ours, tmp_path)  # over their shards, which must not be taken for ours
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    for again in (load_pretrained(tmp_path)(IDS), reopened(tmp_path)(IDS).logits):
+        close(again, ours(IDS), 1e-5)
+    monkeypatch.undo()
+    save_pretrained(ours, tmp_path)
+    assert [p.name for p in tmp_path.glob("model*")] == ["model.safetensors"], "no stale shards"
+
+
+def edit_weights(folder, change):
+    path = next(folder.glob("model*.safetensors"))
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def cut_short(folder):
+    path = next(folder.glob("model*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def foreign_tokenizer(folder):
+    words = {str(i): i for i in range(VOCAB + 1)}
+    Tokenizer(models.WordLevel(words, unk_token="0")).save(str(folder / "tokenizer.json"))
+
+
+NORM = "model.norm.weight"
+BROKEN = {  # what happened to the folder, and what the message must name
+    "no folder": (shutil.rmtree, "checkpoint"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
+    "unknown family": (lambda f: edit_json(f / "config.json", model_type="gpt2"), "config.json"),
+    "a size missing": (lambda f: edit_json(f / "config.json", hidden_size=...), "config.json"),
+    "a size of text": (lambda f: edit_json(f / "config.json", hidden_size="32"), "config.json"),
+    "gelu": (lambda f: edit_json(f / "config.json", hidden_act="gelu"), "config.json"),
+    "quantized": (lambda f: edit_json(f / "config.json", quantization_config={"bits": 4}), "config.json"),
+    "longrope": (lambda f: edit_json(f / "config.json", rope_parameters={"rope_type": "longrope"}), "config.json"),
+    "no weights": (lambda f: [p.unlink() for p in f.glob("model-*")] and (f / "model.safetensors.index.json").unlink(),
+                   "model.safetensors"),
+    "truncated": (cut_short, "model-0000"),
+    "a shard missing": (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "model-00002-of-00002"),
+    "index not JSON": (lambda f: (f / "model.safetensors.index.json").write_text("?"), "model.safetensors.index"),
+    "a key renamed": (lambda f: edit_weights(f, lambda t: t.update({"x.weight": t.popitem()[1]})), "x.weight"),
+    "a wrong shape": (lambda f: edit_weights(f, lambda t: t.update({k: v[:-1].clone() for k, v in t.items()})),
+                      "model-0000"),
+    "foreign tokenizer": (foreign_tokenizer, "tokenizer.json"),
+    "tokenizer not JSON": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json")}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_folder_is_named_in_one_line(name, tmp_path, monkeypatch):
+    model, folder = tiny(), tmp_path / "checkpoint"
+    monkeypatch.setattr(decoder, "SHARD_BYTES", 30_000)
+    save_pretrained(model, folder)
+    assert len(list(folder.glob("model-*-of-00002.safetensors"))) == 2, "what is broken must be there at first"
+    load_pretrained(folder)
+    damage, named = BROKEN[name]
+    damage(folder)
+    with pytest.raises(CheckpointError) as caught:
+        load_pretrained(folder)
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif("HYTUNING_SMOLLM2" not in os.environ, reason="HYTUNING_SMOLLM2 names no real checkpoint")
+@torch.no_grad()
+def test_a_real_checkpoint():
+    folder = Path(os.environ["HYTUNING_SMOLLM2"])
+    reference, model = json.loads((folder / "reference.json").read_text()), load_pretrained(folder)
+    for case in reference["prompts"]:
+        logits = model(torch.tensor([case["ids"]]))[0, -1]
+        close(logits[:64], case["logits_head"], 1e-3)
+        close(logits.logsumexp(0), case["logsumexp"], 1e-4)
+        n = len(case["greedy"])
+        [[found]] = generate(model, [case["ids"]], max_new_tokens=n, temperature=0, eos_ids=model.eos_ids)
+        assert found == case["greedy"]
+    ids = torch.tensor([reference["text"]["ids"]])
+    close(token_logprobs(model(ids)[:, :-1], ids[:, 1:]).mean(), reference["text"]["mean_logprob"], 1e-4)
+    text = data.Text(folder, model.eos_ids)
+    assert text.encode(reference["text"]["text"]) == reference["text"]["ids"]
+
+
+# -------------------------------------------------------------------------------------------- sampling
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17], [5, 6, 8]]
+
+
+@torch.no_grad()
+def next_token(model, ids, temperature=1.0):
+    return (model(torch.tensor([ids]))[0, -1].double() / temperature).softmax(-1)
+
+
+def check_frequencies(counts, expected, n):
+    """Pearson's chi-square, which has mean `dof` and about the variance 2 dof + sum 1/(n p)."""
+    cells = {k: p for k, p in expected.items() if p > 0}
+    assert set(counts) <= set(cells), "a token that cannot come up"
+    chi = sum((counts[k] - n * p)**2 / (n * p) for k, p in cells.items())
+    dof = len(cells) - 1
+    assert abs(chi - dof) < 5 * math.sqrt(2 * dof + sum(1 / p for p in cells.values()) / n) + 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_two_tokens_come_up_as_often_as_they_should(temperature):
+    """Pairs, so that the cache and the independence of the draws are tested too."""
+    model, n = tiny(vocab=5), 8000
+    samples, = generate(model, [[1, 2, 3]], samples_per_prompt=n, max_new_tokens=2, temperature=temperature, seed=4)
+    first = next_token(model, [1, 2, 3], temperature)
+    expected = {(a, b): (first[a] * next_token(model, [1, 2, 3, a], temperature)[b]).item()
+                for a in range(5) for b in range(5)}
+    check_frequencies(Counter(map(tuple, samples)), expected, n)
+
+
+@pytest.mark.parametrize("vocab, top_p, temperature", [(600, 1.0, 2.0), (40, 0.6, 1.0), (600, 0.9, 2.0), (40, 0.05, 1.0)])
+def test_a_nucleus_is_the_smallest_set_with_that_probability(vocab, top_p, temperature):
+    model, n = tiny(vocab=vocab), 20000
+    samples, = generate(model, [[1, 2, 3]], samples_per_prompt=n, max_new_tokens=1, temperature=temperature,
+                        top_p=top_p, seed=5)
+    expected, mass = {}, 0.0
+    for p, token in zip(*map(torch.Tensor.tolist, next_token(model, [1, 2, 3], temperature).sort(descending=True))):
+        if mass < top_p:
+            expected[token], mass = p, mass + p
+    check_frequencies(Counter(token for token, in samples), {k: p / mass for k, p in expected.items()}, n)
+    assert len(expected) == (1 if top_p == 0.05 else len(expected)) and (top_p == 1) == (len(expected) == vocab)
+
+
+@pytest.mark.parametrize("options", [{}, dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)])
+def test_greedy_is_the_argmax_of_passes_without_a_cache(options):
+    model = tiny(**options)
+    for prompt, (found,) in zip(PROMPTS, generate(model, PROMPTS, max_new_tokens=30, temperature=0)):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 30:
+            ids.append(next_token(model, ids).argmax().item())
+        assert found == ids[len(prompt):]
+
+
+ENDS = (3, 20, 40)
+SAMPLING = dict(samples_per_prompt=4, max_new_tokens=50, temperature=1.5, seed=7)
+
+
+def test_a_sample_does_not_depend_on_its_neighbours():
+    whole = generate(MODEL, PROMPTS, eos_ids=ENDS, **SAMPLING)
+    assert [generate(MODEL, [p], eos_ids=ENDS, **SAMPLING)[0] for p in PROMPTS] == whole, "split over calls"
+    assert generate(MODEL, PROMPTS[::-1], eos_ids=ENDS, **SAMPLING) == whole[::-1], "in another order"
+    fewer = generate(MODEL, PROMPTS, eos_ids=ENDS, **{**SAMPLING, "samples_per_prompt": 2})
+    assert fewer == [group[:2] for group in whole], "with fewer samples"
+    shorter = generate(MODEL, PROMPTS, eos_ids=ENDS, **{**SAMPLING, "max_new_tokens": 17})
+    assert shorter == [[sample[:17] for sample in group] for group in whole], "with another length limit"
+
+
+def test_samples_end_with_their_end_token_and_finished_rows_disturb_nobody():
+    """Without end tokens no row leaves the batch: cut off by hand, the same must remain."""
+    ended, endless = generate(MODEL, PROMPTS, eos_ids=ENDS, **SAMPLING), generate(MODEL, PROMPTS, **SAMPLING)
+
+    def cut_off(sample):
+        return sample[:next((i + 1 for i, x in enumerate(sample) if x in ENDS), len(sample))]
+    assert ended == [[cut_off(sample) for sample in group] for group in endless]
+    lengths = sorted(len(sample) for group in ended for sample in group)
+    assert lengths[0] < 16 and lengths[-1] > 32, "some must leave early and some stay, or nothing was tested"
+
+
+def test_samples_differ():
+    four = generate(MODEL, [[5, 6, 7]], **SAMPLING)[0]
+    assert len(set(map(tuple, four))) == 4
+    twice = generate(MODEL, [[5, 6, 7], [5, 6, 7]], **{**SAMPLING, "samples_per_prompt": 2})
+    assert twice[0] + twice[1] == four, "a prompt given twice goes on with new samples"
+    assert generate(MODEL, [[5, 6, 7]], **{**SAMPLING, "seed": 8})[0] != four
+    assert generate(MODEL, [[5, 6, 7]], **SAMPLING)[0] == four
+
+
+def test_a_prompt_that_cannot_be_read_is_refused():
+    for prompt in ([], [VOCAB], [-1]):
+        with pytest.raises(ValueError):
+            generate(MODEL, [[1], prompt], max_new_tokens=1)
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+@pytest.mark.parametrize("text, answer", [
+    ("It follows.\nAnswer: 12", "12"), ("Answer: 1\nno, wait\nAnswer:  two words \nbye", "two words"),
+    ("Answer:", None), ("Answer: \n12", None), ("12", None), ("", None)])
+def test_an_answer_is_the_rest_of_the_last_markers_line(text, answer):
+    assert data.extract_answer(text) == answer
+
+
+@pytest.mark.parametrize("a, b, same", [
+    ("$1,000", "1000.00", True), ("1000 dollars", "1000", True), ("Yes.", "yes", True), ("**18**", "18", True),
+    ("1/2", "0.5", True), ("18%", "18", True), ("-5", "5", False), ("12", "13", False), ("x = 5", "5", True),
+    ("3 apples", "3 oranges", False), ("3 of 4", "3", False), ("Paris", "paris", True), ("Paris", "Rome", False),
+    ("12", "twelve", False), ("1/0", "1", False)])
+def test_answers_match(a, b, same):
+    assert data.answers_match(a, b) == data.answers_match(b, a) == same
+
+
+def test_the_majority_counts_unreadable_answers_as_votes():
+    assert data.majority(["4", "5", "4.0", None]) == ("4", 0.5)
+    assert data.majority(["5", "4"]) == ("5", 0.5), "the earliest of equals"
+    assert data.majority([None, None]) == (None, 0)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy data")
+    _, end = data.Triage().write(folder)
+    return folder, data.Text(folder, [end])
+
+
+CHATML, LLAMA3 = (["<|im_start|>", "<|im_end|>"],
+                  ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    """A tokenizer of single bytes with a chat format's special tokens: (special tokens, max_steps) -> Text."""
+    def build(special, max_steps=16):
+        folder = tmp_path_factory.mktemp("chat")
+        alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        tokenizer = Tokenizer(models.BPE(alphabet, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens(special)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        return data.Text(folder, max_steps=max_steps)
+    return build
+
+
+def test_the_toys_trace_is_cut_at_its_lines(toy):
+    folder, text = toy
+    for _, record in data.read_jsonl(folder / "labeled.jsonl"):
+        prompt, response = text.prompt(record["prompt"]), text.response(record["reasoning"], record["answer"])
+        assert record["prompt"] in text.decode(prompt)
+        assert text.decode(response) == f"{record['reasoning']}\nAnswer: {record['answer']}" and response[-1] == text.end
+        trace = Trace(*text.parse(prompt, response))
+        assert trace.tokens + trace.tail == prompt + response and trace.tail == [text.end]
+        parts = [text.decode(trace.tokens[a:b]).strip() for a, b in zip(trace.cuts, trace.cuts[1:])]
+        assert trace.cuts[0] == len(prompt) and parts == record["reasoning"].splitlines()
+        assert text.decode(trace.tokens[trace.cuts[-1]:trace.answer_start]).strip() == "Answer:"
+        assert text.decode(trace.tokens[trace.answer_start:]).strip() == record["answer"]
+
+
+LINE = st.text("aé漢🙂 .", min_size=1, max_size=4).map(str.strip).filter(bool)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(LINE, max_size=9), LINE, st.sampled_from(["\n", "\n\n", "\n  "]), st.integers(1, 6))
+def test_steps_of_any_text_are_whole_lines_merged_evenly(chat, lines, answer, between, max_steps):
+    """Characters of several tokens, empty lines, indented ones; what follows the answer's line is tail."""
+    text = chat(CHATML, max_steps)
+    response = text.encode(between.join(lines + [f"Answer: {answer}"]) + "\nbye") + [text.end]
+    trace = Trace(*text.parse([1, 2], response))
+    steps = [text.decode(trace.tokens[a:b]).split("\n") for a, b in zip(trace.cuts, trace.cuts[1:])]
+    found = [[line.strip() for line in step if line.strip()] for step in steps]
+    assert sum(found, []) == lines and len(found) == min(len(lines), max_steps)
+    sizes = set(map(len, found))
+    assert not sizes or max(sizes) - min(sizes) <= 1
+    assert text.decode(trace.tokens[trace.answer_start:]).strip() == answer
+    assert trace.tail == text.encode("\nbye") + [text.end]
+
+
+def test_a_response_without_an_answer_has_none(toy):
+    _, text = toy
+    for response in ("1 suggests", "Answer:", ""):
+        tokens, cuts, answer_start, tail = text.parse([5, 6], text.encode(response))
+        assert (cuts, answer_start, tail) == ([2], len(tokens), []) and len(tokens) == 2 + len(text.encode(response))
+
+
+def test_prompts_have_the_chat_format_and_special_tokens_in_a_question_stay_text(chat):
+    for special, before, after in (
+            (CHATML, "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+            (LLAMA3, "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+             "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")):
+        text, question = chat(special), f"why {special[-1]} é?"
+        ids = text.prompt(question)
+        shown = text.tokenizer.decode(ids, skip_special_tokens=False)
+        assert shown.startswith(before + question) and shown.endswith(after)
+        assert ids.count(text.special[special[-1]]) == 1 and text.end == text.special[special[-1]]
+        assert text.end not in text.response(special[-1], "1")[:-1]
+
+
+def test_a_folder_without_a_usable_tokenizer_is_named(tmp_path, toy):
+    for content in (None, "{", "{}"):
+        if content is not None:
+            (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(data.DataError, match="tokenizer.json"):
+            data.Text(tmp_path, [0])
+    with pytest.raises(data.DataError, match="end token"):
+        data.Text(toy[0])
+
+
+def write_lines(path, *lines):
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
+    return path
+
+
+def test_records_in_gsm8ks_form(tmp_path, toy, chat):
+    path = write_lines(tmp_path / "a.jsonl", {"question": "How many?", "answer": "9 + 9 = <<9+9=18>>18\n#### 18"}, "",
+                       {"prompt": "And?", "reasoning": "one\n\n two", "answer": 3})
+    text = chat(CHATML)
+    (_, first), (_, second) = data.load_labeled(path, text, 500, 500)[0]
+    assert text.decode(first) == "9 + 9 = 18\nAnswer: 18"
+    assert text.decode(second) == "one\ntwo\nAnswer: 3"
+    assert [(question, gold) for _, question, gold in data.load_eval(path, text, 500)[0]] == [
+        ("How many?", "18"), ("And?", "3")]
+    assert data.load_labeled(path, text, 500, len(second))[1] == 1, "the longer one is skipped, and counted"
+    assert len(data.load_eval(path, text, 500, limit=1)[0]) == 1
+
+
+def test_unlabeled_answers_are_never_read(tmp_path, chat):
+    path = write_lines(tmp_path / "a.jsonl", {"prompt": "a", "answer": {"x": [1]}}, {"prompt": "b", "answer": "\ud800"},
+                       {"question": "a"})
+    text = chat(CHATML)
+    assert data.load_unlabeled(path, text, 500)[0] == [text.prompt("a"), text.prompt("b")], "repeated ones once"
+
+
+@pytest.mark.parametrize("line", [
+    b"{", b"[1]", b'"text"', b"\xff\xfe", b'{"reasoning": "r", "answer": "1"}', b'{"prompt": "p", "reasoning": "r"}',
+    b'{"prompt": "p", "answer": "1"}', b'{"prompt": ["p"], "reasoning": "r", "answer": "1"}',
+    b'{"prompt": "p", "reasoning": null, "answer": "1"}', b'{"prompt": "p", "reasoning": "r", "answer": true}',
+    b'{"prompt": "\\ud800", "reasoning": "r", "answer": "1"}', b'{"prompt": " ", "reasoning": "r", "answer": "1"}',
+    b'{"prompt": "p", "reasoning": "r", "answer": " "}', b'{"prompt": "p", "reasoning": "r", "answer": "1\\n2"}',
+    b'{"prompt": "p", "answer": "because ####"}'])
+def test_a_bad_line_is_named(line, tmp_path, chat):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"prompt": "p", "reasoning": "r", "answer": "1"}\n\n' + line + b"\n")
+    with pytest.raises(data.DataError, match=r"bad\.jsonl line 3\b") as caught:
+        data.load_labeled(path, chat(CHATML), 500, 500)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_without_records_is_named(tmp_path, chat):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    long = write_lines(tmp_path / "long.jsonl", {"prompt": "p" * 999})
+    for path, wrong in ((tmp_path / "empty.jsonl", "empty"), (tmp_path / "none.jsonl", "read"), (long, "longer")):
+        with pytest.raises(data.DataError, match=f"{path.name}.*{wrong}"):
+            data.load_unlabeled(path, chat(CHATML), 500)
+
+
+def statements(task, reasoning) -> list[tuple[int, int]]:
+    """(finding, condition) of each line of a trace."""
+    finding, condition = ({word: i for i, word in enumerate(words)} for words in (task.findings, task.conditions))
+    lines = (line.split() for line in reasoning.splitlines())
+    return [(next(finding[w] for w in line if w in finding), condition[line[-1]]) for line in lines]
+
+
+def test_a_careful_author_is_right():
+    task, rng = data.Triage(), data.np.random.default_rng(0)
+    for _ in range(50):
+        record = task.record(rng)
+        listed = [task.findings.index(w) for w in record["prompt"].split() if w in task.findings]
+        assert [f for f, _ in statements(task, record["reasoning"])] == listed
+        assert all(task.truth[f] == c for f, c in statements(task, record["reasoning"]))
+        (first, votes), (_, second) = Counter(task.truth[listed].tolist()).most_common(2)
+        assert record["answer"] == task.conditions[first] and votes > second
+
+
+def test_careless_authors_are_right_about_half_of_the_time_and_share_misconceptions():
+    task, rng = data.Triage(), data.np.random.default_rng(0)
+    stated = [Counter() for _ in task.findings]
+    for _ in range(2500):
+        for finding, condition in statements(task, task.record(rng, careless=True)["reasoning"]):
+            stated[finding][condition] += 1
+    right = sum(counts[task.truth[f]] for f, counts in enumerate(stated)) / sum(map(Counter.total, stated))
+    assert 0.35 < right < 0.65
+    popular_and_wrong = sum(counts.most_common(1)[0][0] != task.truth[f] for f, counts in enumerate(stated))
+    assert 0.2 < popular_and_wrong / len(stated) < 0.5
+
+
+def test_the_toys_files_are_disjoint_and_a_function_of_the_seed(toy, tmp_path):
+    names = ("labeled.jsonl", "unlabeled.jsonl", "eval.jsonl")
+    prompts = [{record["prompt"] for _, record in data.read_jsonl(toy[0] / name)} for name in names]
+    assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2] or prompts[1] & prompts[2])
+    assert all("answer" not in record for _, record in data.read_jsonl(toy[0] / "unlabeled.jsonl"))
+    data.Triage().write(tmp_path / "same")
+    data.Triage().write(tmp_path / "other", seed=1)
+    for name in names:
+        assert (tmp_path / "same" / name).read_bytes() == (toy[0] / name).read_bytes()
+        assert (tmp_path / "other" / name).read_bytes() != (toy[0] / name).read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------- train
+
+def run(cwd, *arguments, processes=1):
+    """`python train.py`, or torchrun, in cwd on the CPU."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return subprocess.run([sys.executable, *launcher, Path(__file__).with_name("train.py"), "--device", "cpu",
+                           *map(str, arguments)], cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=600)
+
+
+def trained(cwd, out, *arguments, **how) -> tuple[list[dict], dict]:
+    """(lines of metrics.jsonl, final weights) of a run that must succeed."""
+    done = run(cwd, "--out", out, *arguments, **how)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (cwd / out / "metrics.jsonl").read_text().splitlines()]
+    return lines, load_file(cwd / out / "model" / "model.safetensors")
+
+
+EVALUATION = ["--max_eval", 40, "--eval_samples", 4]
+SMALL = ["--max_eval", 4, "--eval_samples", 2, "--show", 0, "--max_new_tokens", 40]
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    """The default run, shortened, with a learning rate that lets few steps show: (folder, metrics, output)."""
+    cwd = tmp_path_factory.mktemp("run")
+    done = run(cwd, "--steps", 15, "--lr", 1e-3, "--show", 1, *EVALUATION)
+    assert done.returncode == 0, done.stderr
+    lines = (cwd / "out/run/metrics.jsonl").read_text().splitlines()
+    return cwd, [json.loads(line) for line in lines], done.stdout + done.stderr
+
+
+def test_the_default_run_learns(toy_run):
+    cwd, lines, _ = toy_run
+    assert [line["step"] for line in lines] == list(range(1, 16))
+    assert all(math.isfinite(v) for line in lines for v in line.values())
+    assert all(0 < line["lambda"] < 1 for line in lines)
+    assert lines[-1]["loss_rd"] < 0.8 * lines[0]["loss_rd"]
+    assert lines[-1]["prg_rollouts"] > lines[0]["prg_rollouts"]
+    result = json.loads((cwd / "out/run/eval.json").read_text())
+    assert result["final"]["accuracy"] > result["base"]["accuracy"] + 0.05
+
+
+def test_the_evaluation_says_what_it_should(toy_run):
+    cwd, _, output = toy_run
+    result = json.loads((cwd / "out/run/eval.json").read_text())
+    assert set(result) == {"base", "final"}
+    for values in result.values():
+        assert set(values) == {"accuracy", "majority_accuracy", "greedy_accuracy", "confidence",
+                               "confidence_when_wrong", "ece", "brier", "auroc", "prg", "n"}
+        assert values["n"] == 40 and -1 <= values.pop("prg") <= 1
+        assert all(0 <= v <= 1 for k, v in values.items() if k != "n")
+    assert "right answer" in output and "p = " in output, "--show prints the support of a query"
+
+
+def test_the_saved_model_is_complete(toy_run):
+    """It is evaluated alike when it is loaded again, and transformers opens it, tokenizer and all."""
+    cwd, _, _ = toy_run
+    folder = cwd / "out/run/model"
+    done = run(cwd, "--eval_only", "--model", folder, "--eval", "out/toy/eval.jsonl", "--max_prompt_tokens", 64,
+               "--max_new_tokens", 48, "--out", "out/again", *EVALUATION)
+    assert done.returncode == 0, done.stderr
+    again, before = (json.loads((cwd / "out" / name / "eval.json").read_text())["final"] for name in ("again", "run"))
+    assert again == pytest.approx(before)
+    tf, ours = transformers(), load_pretrained(folder)
+    text = data.Text(folder, ours.eos_ids)
+    prompt = text.prompt(data.read_jsonl(cwd / "out/toy/eval.jsonl")[0][1]["prompt"])
+    with torch.no_grad():
+        close(reopened(folder)(torch.tensor([prompt])).logits, ours(torch.tensor([prompt])), 1e-4)
+    assert tf.AutoTokenizer.from_pretrained(folder)(text.decode(prompt)).input_ids == prompt
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(toy_run):
+    cwd, few = toy_run[0], [*SMALL, "--queries_per_step", 4, "--group_size", 4]
+    lines, weights = trained(cwd, "out/whole", "--steps", 6, *few)
+    trained(cwd, "out/parts", "--steps", 4, *few)
+    resumed_lines, resumed = trained(cwd, "out/parts", "--steps", 6, "--resume", *few)
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    for a, b in zip(lines, resumed_lines, strict=True):
+        assert all(a[k] == b[k] for k in a if "second" not in k)
+    assert "final" in json.loads((cwd / "out/parts/eval.json").read_text())
+    refused = run(cwd, "--out", "out/parts", "--resume", "--steps", 8, "--lr", 1, *few)
+    assert refused.returncode == 2 and "--lr" in refused.stderr
+
+
+@pytest.mark.parametrize("numbers", [(3, 4, 5), (1, 3, 1)], ids=["uneven", "a process with nothing to do"])
+def test_two_processes_make_the_update_of_one(toy_run, numbers):
+    """Two updates a batch with clipping and KL, since on policy the RLIF loss is 0 and could not differ."""
+    cwd, out = toy_run[0], f"out/processes-{numbers[0]}"
+    names = ("--queries_per_step", "--group_size", "--traces_per_step")
+    arguments = [*SMALL, "--steps", 3, "--dtype", "float32", "--updates_per_batch", 2, "--clip", 0.2, "--kl", 0.1,
+                 *(x for pair in zip(names, numbers) for x in pair)]
+    lines, weights = trained(cwd, f"{out}-1", *arguments)
+    lines_of_two, weights_of_two = trained(cwd, f"{out}-2", *arguments, processes=2)
+    for a, b in zip(lines, lines_of_two, strict=True):
+        for key in ("loss", "loss_rd", "loss_rlif", "lambda", "anchor", "prg_rollouts", "grad_norm"):
+            close(a[key], b[key], 1e-4 if key == "grad_norm" else 1e-5)
+    assert abs(lines[-1]["loss_rlif"]) > 1e-6
+    for name in weights:
+        close(weights[name], weights_of_two[name], 1e-4)
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["--model", "nowhere"], "nowhere"), (["--labeled", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--labeled", "bad.jsonl"], "bad.jsonl line 1"), (["--model", "out/toy"], "--labeled"), (["--tau", "0"], "--tau"),
+    (["--max_new_tokens", "9999"], "--max_new_tokens")])
+def test_a_bad_command_line_ends_with_one_line(toy_run, arguments, named):
+    write_lines(toy_run[0] / "bad.jsonl", "{")
+    done = run(toy_run[0], "--out", "out/bad", *arguments)
+    assert done.returncode == 2
+    error, = done.stderr.splitlines()
+    assert error.startswith("error:") and named in error
