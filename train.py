@@ -90,7 +90,8 @@ class UsageError(ValueError):
 
 
 def parse_arguments(argv=None) -> Settings:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     group = None
     for f in fields(Settings):
         group = parser.add_argument_group(f.metadata["group"]) if "group" in f.metadata else group
@@ -109,7 +110,7 @@ def parse_arguments(argv=None) -> Settings:
                  "rollouts_per_batch", "max_grad_norm"):
         if not 0 < getattr(settings, name) < math.inf:
             raise UsageError(f"--{name} is {getattr(settings, name)}: give a number above 0")
-    for name in ("steps", "temperature", "kl", "clip", "show", "max_labeled", "max_unlabeled", "max_eval"):
+    for name in ("seed", "steps", "temperature", "kl", "clip", "show", "max_labeled", "max_unlabeled", "max_eval"):
         if not 0 <= getattr(settings, name) < math.inf:
             raise UsageError(f"--{name} is {getattr(settings, name)}: give a number that is not negative")
     if not 0 <= settings.anchor_decay < 1:
