@@ -291,7 +291,7 @@ class Triage:
         believed = np.full((self.FINDINGS, self.CONDITIONS), 0.0)
         for f, true in enumerate(self.truth):
             wrong = rng.choice([c for c in range(self.CONDITIONS) if c != true])
-            p_true, p_wrong = (0.26, 0.54) if f % 3 == 0 else (0.5, 0.1)
+            p_true, p_wrong = (0.32, 0.46) if f % 3 == 0 else (0.56, 0.06)
             believed[f] = (1 - p_true - p_wrong) / (self.CONDITIONS - 2)
             believed[f, true], believed[f, wrong] = p_true, p_wrong
         self.believed = believed
