@@ -140,13 +140,14 @@ class Text:
         if found is None:
             whole = prompt + response
             return whole, [len(prompt)], len(whole), []
-        marker, start, stop = (len(prompt) + token_at(ends, offset) for offset in (found[0], found[1], found[2] - 1))
+        marker, start, last = (token_at(ends, offset) for offset in (found[0], found[1], found[2] - 1))
+        stop = max(i for i, token in enumerate(response) if ends[i] == ends[last] and token not in self.ends)
         starts = [m.start(1) for m in re.finditer(r"^[^\S\n]*(\S)", text[:found[0]], re.MULTILINE)]
         K = min(len(starts), self.max_steps)
         chosen = [starts[k * len(starts) // K] for k in range(1, K)]
-        cuts = sorted({len(prompt), *(len(prompt) + token_at(ends, offset) for offset in chosen), marker})
-        whole = prompt + response
-        return whole[:stop + 1], cuts, max(start, marker), whole[stop + 1:]
+        cuts = sorted({0, *(token_at(ends, offset) for offset in chosen), marker})
+        cuts = [len(prompt) + cut for cut in cuts]
+        return prompt + response[:stop + 1], cuts, len(prompt) + start, response[stop + 1:]
 
     def spans(self, ids: list[int]) -> tuple[str, list[int]]:
         """The text of ids, and for each id the offset at which its text ends. Tokens that share one character

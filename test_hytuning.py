@@ -1,8 +1,8 @@
 """What the code claims, against definitions: a naive loop, `transformers`, a count, a hand computation.
 
-In the order in which a reader meets the ideas: prg, hytuning, model, sampling, data, train. `pytest` runs all of it
-in about two minutes on a CPU; the tests that compare with `transformers` are skipped where it is not installed.
-HYTUNING_SMOLLM2=FOLDER, a real checkpoint with a reference.json beside it, switches one more test on.
+In the order in which a reader meets the ideas: prg, hytuning, model, sampling, data, train. It takes about two
+minutes on a CPU. Where `transformers` is not installed, the comparisons with it are skipped. With
+HYTUNING_SMOLLM2=FOLDER, a real checkpoint with a reference.json in it, one more test runs.
 
 SPDX-License-Identifier: MIT
 """
@@ -18,16 +18,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import data
 import model as decoder
-from hytuning import (adaptive_weights, distillation_loss, entropy, group_advantages, hytuning_loss, over_vocabulary,
-                      rlif_loss, self_certainty, token_logprobs)
+from hytuning import (adaptive_weights, distillation_loss, entropy, group_advantages, hytuning_loss,
+                      over_vocabulary, rlif_loss, self_certainty, token_logprobs)
 from model import CheckpointError, Config, Decoder, generate, load_pretrained, save_pretrained
 from prg import Trace, answer_support, auroc, brier_score, expected_calibration_error, progressive_reasoning_gain
+
+try:
+    from hypothesis import given, settings, strategies as st
+    settings.register_profile("here", deadline=None, derandomize=True)
+    settings.load_profile("here")
+except ImportError:  # the tests on generated cases are skipped
+    from unittest.mock import MagicMock
+    st, settings = MagicMock(), lambda **_: lambda test: test
+    given = lambda *_: pytest.mark.skip(reason="hypothesis, which generates the cases, is not installed")  # noqa: E731
 
 VOCAB = 61
 
@@ -62,9 +70,6 @@ def test_gain_rewards_steady_support():
     assert 0 < gain(0.1, 0.9, 0.1, 0.9, 0.2) < 0.01, "back and forth"
     assert gain(0.99, 0.99, 0.99) == 0, "certain from the start, nothing earned"
     assert gain(1, 0.5, 0) == pytest.approx(-1), "support lost step by step"
-
-
-def test_gain_at_the_edges():
     assert gain(0.2, 0.7) == pytest.approx(0.5), "one step: the net gain"
     assert gain(0.7) == 0, "no step, nothing earned"
     nothing = torch.zeros(1, 3)
@@ -118,33 +123,32 @@ TRACES = [make_trace([4, 3, 5]), make_trace([2] * 6, seed=1), make_trace([3, 0, 
           make_trace([1, 1], prompt=1, tail=3, answer=4, seed=8)]
 
 
-def check_support(model, traces, reference=None):
+def check_support(model, traces):
     support, mask = answer_support(model, traces)
     for trace, p, m in zip(traces, support, mask):
-        expected = separate_passes(reference or model, trace)
+        expected = separate_passes(model, trace)
         assert m.tolist() == [True] * len(expected) + [False] * (len(m) - len(expected))
         close(p[m], expected, 1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_packed_support_is_that_of_separate_passes(window):
-    """Of different depth, cuts repeated, no step, a one-token answer, no marker, no answer, a tail."""
-    check_support(tiny(use_sliding_window=bool(window), sliding_window=window, max_window_layers=1), TRACES)
-
-
 MODEL = tiny()
+
+
+@pytest.mark.parametrize("model", [MODEL, tiny(use_sliding_window=True, sliding_window=5, max_window_layers=1),
+                                   lambda *inputs: MODEL(*inputs)], ids=["decoder", "sliding window", "callable"])
+def test_packed_support_is_that_of_separate_passes(model):
+    """Of different depth, cuts repeated, no step, a one-token answer, no marker, no answer, a tail."""
+    check_support(model, TRACES)
+
+
 LENGTHS = st.builds(make_trace, st.lists(st.integers(0, 4), max_size=4), st.integers(1, 4), st.integers(0, 2),
                     st.integers(0, 3), st.integers(0, 2), st.integers(0, 99))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(LENGTHS, min_size=1, max_size=4))
 def test_packed_support_of_any_trace(traces):
     check_support(MODEL, traces)
-
-
-def test_support_needs_only_a_callable():
-    check_support(lambda ids, positions, mask: MODEL(ids, positions, mask), TRACES, reference=MODEL)
 
 
 def test_support_through_a_transformers_model():
@@ -153,14 +157,8 @@ def test_support_through_a_transformers_model():
     other = tf.LlamaForCausalLM(tf.LlamaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         initializer_range=0.3, attn_implementation="sdpa")).eval()
-    check_support(lambda ids, positions, mask: other(ids, position_ids=positions, attention_mask=mask).logits,
-                  TRACES, reference=lambda ids: other(ids).logits)
-
-
-def test_a_tail_changes_nothing():
-    bare, longer = make_trace([3, 2]), make_trace([3, 2])
-    longer.tail = [7, 8, 9]
-    close(answer_support(MODEL, [bare])[0], answer_support(MODEL, [longer])[0])
+    check_support(lambda ids, positions=None, mask=None:
+                  other(ids, position_ids=positions, attention_mask=mask).logits, TRACES)
 
 
 def test_cuts_that_do_not_fit_are_refused():
@@ -277,7 +275,8 @@ def test_losses_by_hand():
 def test_shares_with_global_counts_add_up_to_the_whole():
     logprobs, mask, A = some_losses()
     parts = [slice(0, 1), slice(1, 4), slice(4, 4)]  # one process may have nothing at all
-    close(sum(distillation_loss(logprobs[s], mask[s], mask.sum()) for s in parts), distillation_loss(logprobs, mask))
+    shares = [distillation_loss(logprobs[s], mask[s], mask.sum()) for s in parts]
+    close(sum(shares), distillation_loss(logprobs, mask))
     whole = rlif_loss(logprobs, mask, A)
     close(sum(rlif_loss(logprobs[s], mask[s], A[s], 4) for s in parts), whole)
     close(whole, -A.mean())
@@ -367,13 +366,15 @@ CHECKPOINTS = {
     "linear": ("Llama", rope("linear", factor=4.0)),
     "llama3": ("Llama", rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, **SHORT)),
     "yarn": ("Qwen2", rope("yarn", **SHORT)),
-    "yarn, all of it": ("Llama", rope("yarn", mscale=0.7, mscale_all_dim=0.3, beta_fast=16, truncate=False, **SHORT)),
+    "yarn, all of it": ("Llama", rope("yarn", mscale=0.7, mscale_all_dim=0.3, beta_fast=16, truncate=False,
+                                      **SHORT)),
     "mistral": ("Mistral", dict(sliding_window=7)), "mistral, no window": ("Mistral", dict(sliding_window=None)),
     "qwen2": ("Qwen2", {}), "qwen2, window off": ("Qwen2", dict(use_sliding_window=False, sliding_window=5)),
     "qwen2, window": ("Qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
     "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
-    "qwen3, layer_types": ("Qwen3", dict(head_dim=8, attention_bias=True, use_sliding_window=True, sliding_window=5,
-                                         layer_types=["sliding_attention", "full_attention", "sliding_attention"]))}
+    "qwen3, layer_types": ("Qwen3", dict(
+        head_dim=8, attention_bias=True, use_sliding_window=True, sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"]))}
 IDS = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(3))
 
 
@@ -388,7 +389,7 @@ def write_checkpoint(folder, family="Llama", options={}, dtype=torch.float32, **
     for name, p in model.named_parameters():  # away from the ones and zeros that would hide a mistake
         torch.nn.init.normal_(p, float("norm" in name), 0.3 if p.ndim == 1 else 0.15)
     model.to(dtype).save_pretrained(folder, **how)
-    return model.float()
+    return model
 
 
 def reopened(folder):
@@ -452,10 +453,10 @@ def test_padding_changes_nothing(left):
 
 @torch.no_grad()
 def test_a_bfloat16_file_becomes_a_float32_model(tmp_path):
-    theirs = write_checkpoint(tmp_path, dtype=torch.bfloat16)
+    write_checkpoint(tmp_path, dtype=torch.bfloat16)
     ours = load_pretrained(tmp_path)
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
-    close(ours(IDS), theirs(IDS).logits, 1e-4)
+    close(ours(IDS), reopened(tmp_path)(IDS).logits, 1e-4)
     assert load_pretrained(tmp_path, dtype=torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
 
 
@@ -487,39 +488,43 @@ def cut_short(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def foreign_tokenizer(folder):
-    words = {str(i): i for i in range(VOCAB + 1)}
-    Tokenizer(models.WordLevel(words, unk_token="0")).save(str(folder / "tokenizer.json"))
+def write(name, content):
+    return lambda folder: (folder / name).write_text(content)
 
 
-NORM = "model.norm.weight"
-BROKEN = {  # what happened to the folder, and what the message must name
-    "no folder": (shutil.rmtree, "checkpoint"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
-    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
-    "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
-    "unknown family": (lambda f: edit_json(f / "config.json", model_type="gpt2"), "config.json"),
-    "a size missing": (lambda f: edit_json(f / "config.json", hidden_size=...), "config.json"),
-    "a size of text": (lambda f: edit_json(f / "config.json", hidden_size="32"), "config.json"),
-    "gelu": (lambda f: edit_json(f / "config.json", hidden_act="gelu"), "config.json"),
-    "quantized": (lambda f: edit_json(f / "config.json", quantization_config={"bits": 4}), "config.json"),
-    "longrope": (lambda f: edit_json(f / "config.json", rope_parameters={"rope_type": "longrope"}), "config.json"),
-    "no weights": (lambda f: [p.unlink() for p in f.glob("model-*")] and (f / "model.safetensors.index.json").unlink(),
-                   "model.safetensors"),
-    "truncated": (cut_short, "model-0000"),
-    "a shard missing": (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "model-00002-of-00002"),
-    "index not JSON": (lambda f: (f / "model.safetensors.index.json").write_text("?"), "model.safetensors.index"),
+def remove(pattern):
+    return lambda folder: [path.unlink() for path in list(folder.glob(pattern))]
+
+
+def config(**changes):
+    return lambda folder: edit_json(folder / "config.json", **changes)
+
+
+BROKEN = {  # what happens to the folder, and what the message must name
+    "no folder": (shutil.rmtree, "checkpoint"), "no config": (remove("config.json"), "config.json"),
+    "config not JSON": (write("config.json", "{"), "config.json"),
+    "config a list": (write("config.json", "[]"), "config.json"),
+    "unknown family": (config(model_type="gpt2"), "config.json"),
+    "a size missing": (config(hidden_size=...), "config.json"),
+    "a size of text": (config(hidden_size="32"), "config.json"),
+    "gelu": (config(hidden_act="gelu"), "config.json"),
+    "quantized": (config(quantization_config={"bits": 4}), "config.json"),
+    "longrope": (config(rope_parameters={"rope_type": "longrope"}), "config.json"),
+    "no weights": (remove("model*"), "model.safetensors"), "truncated": (cut_short, "model-0000"),
+    "a shard missing": (remove("model-00002-*"), "model-00002-of-00002.safetensors"),
+    "index not JSON": (write("model.safetensors.index.json", "?"), "model.safetensors.index.json"),
     "a key renamed": (lambda f: edit_weights(f, lambda t: t.update({"x.weight": t.popitem()[1]})), "x.weight"),
-    "a wrong shape": (lambda f: edit_weights(f, lambda t: t.update({k: v[:-1].clone() for k, v in t.items()})),
+    "a key missing": (lambda f: edit_weights(f, lambda t: t.popitem()), "checkpoint"),
+    "a wrong shape": (lambda f: edit_weights(f, lambda t: t.update({k: v[1:].clone() for k, v in t.items()})),
                       "model-0000"),
-    "foreign tokenizer": (foreign_tokenizer, "tokenizer.json"),
-    "tokenizer not JSON": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json")}
+    "foreign tokenizer": (write("tokenizer.json", '{"model": {"vocab": {"a": 61}}}'), "tokenizer.json"),
+    "tokenizer not one": (write("tokenizer.json", "{}"), "tokenizer.json")}
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_folder_is_named_in_one_line(name, tmp_path, monkeypatch):
     model, folder = tiny(), tmp_path / "checkpoint"
-    monkeypatch.setattr(decoder, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(decoder, "SHARD_BYTES", 50_000)
     save_pretrained(model, folder)
     assert len(list(folder.glob("model-*-of-00002.safetensors"))) == 2, "what is broken must be there at first"
     load_pretrained(folder)
@@ -571,24 +576,25 @@ def check_frequencies(counts, expected, n):
 def test_two_tokens_come_up_as_often_as_they_should(temperature):
     """Pairs, so that the cache and the independence of the draws are tested too."""
     model, n = tiny(vocab=5), 8000
-    samples, = generate(model, [[1, 2, 3]], samples_per_prompt=n, max_new_tokens=2, temperature=temperature, seed=4)
+    samples, = generate(model, [[1, 2, 3]], samples_per_prompt=n, max_new_tokens=2, temperature=temperature,
+                        seed=4)
     first = next_token(model, [1, 2, 3], temperature)
     expected = {(a, b): (first[a] * next_token(model, [1, 2, 3, a], temperature)[b]).item()
                 for a in range(5) for b in range(5)}
     check_frequencies(Counter(map(tuple, samples)), expected, n)
 
 
-@pytest.mark.parametrize("vocab, top_p, temperature", [(600, 1.0, 2.0), (40, 0.6, 1.0), (600, 0.9, 2.0), (40, 0.05, 1.0)])
+@pytest.mark.parametrize("vocab, top_p, temperature", [
+    (600, 1.0, 2.0), (40, 0.6, 1.0), (600, 0.9, 2.0), (40, 0.05, 1.0)])
 def test_a_nucleus_is_the_smallest_set_with_that_probability(vocab, top_p, temperature):
     model, n = tiny(vocab=vocab), 20000
     samples, = generate(model, [[1, 2, 3]], samples_per_prompt=n, max_new_tokens=1, temperature=temperature,
                         top_p=top_p, seed=5)
     expected, mass = {}, 0.0
-    for p, token in zip(*map(torch.Tensor.tolist, next_token(model, [1, 2, 3], temperature).sort(descending=True))):
-        if mass < top_p:
+    for p, token in zip(*(x.tolist() for x in next_token(model, [1, 2, 3], temperature).sort(descending=True))):
+        if mass < top_p or top_p == 1:
             expected[token], mass = p, mass + p
     check_frequencies(Counter(token for token, in samples), {k: p / mass for k, p in expected.items()}, n)
-    assert len(expected) == (1 if top_p == 0.05 else len(expected)) and (top_p == 1) == (len(expected) == vocab)
 
 
 @pytest.mark.parametrize("options", [{}, dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)])
@@ -696,7 +702,7 @@ def test_the_toys_trace_is_cut_at_its_lines(toy):
     for _, record in data.read_jsonl(folder / "labeled.jsonl"):
         prompt, response = text.prompt(record["prompt"]), text.response(record["reasoning"], record["answer"])
         assert record["prompt"] in text.decode(prompt)
-        assert text.decode(response) == f"{record['reasoning']}\nAnswer: {record['answer']}" and response[-1] == text.end
+        assert text.decode(response) == f"{record['reasoning']}\nAnswer: {record['answer']}"
         trace = Trace(*text.parse(prompt, response))
         assert trace.tokens + trace.tail == prompt + response and trace.tail == [text.end]
         parts = [text.decode(trace.tokens[a:b]).strip() for a, b in zip(trace.cuts, trace.cuts[1:])]
@@ -708,7 +714,7 @@ def test_the_toys_trace_is_cut_at_its_lines(toy):
 LINE = st.text("aé漢🙂 .", min_size=1, max_size=4).map(str.strip).filter(bool)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(LINE, max_size=9), LINE, st.sampled_from(["\n", "\n\n", "\n  "]), st.integers(1, 6))
 def test_steps_of_any_text_are_whole_lines_merged_evenly(chat, lines, answer, between, max_steps):
     """Characters of several tokens, empty lines, indented ones; what follows the answer's line is tail."""
@@ -727,8 +733,8 @@ def test_steps_of_any_text_are_whole_lines_merged_evenly(chat, lines, answer, be
 def test_a_response_without_an_answer_has_none(toy):
     _, text = toy
     for response in ("1 suggests", "Answer:", ""):
-        tokens, cuts, answer_start, tail = text.parse([5, 6], text.encode(response))
-        assert (cuts, answer_start, tail) == ([2], len(tokens), []) and len(tokens) == 2 + len(text.encode(response))
+        whole = [5, 6, *text.encode(response)]
+        assert text.parse(whole[:2], whole[2:]) == (whole, [2], len(whole), [])
 
 
 def test_prompts_have_the_chat_format_and_special_tokens_in_a_question_stay_text(chat):
@@ -760,7 +766,8 @@ def write_lines(path, *lines):
 
 
 def test_records_in_gsm8ks_form(tmp_path, toy, chat):
-    path = write_lines(tmp_path / "a.jsonl", {"question": "How many?", "answer": "9 + 9 = <<9+9=18>>18\n#### 18"}, "",
+    path = write_lines(tmp_path / "a.jsonl",
+                       {"question": "How many?", "answer": "9 + 9 = <<9+9=18>>18\n#### 18"}, "",
                        {"prompt": "And?", "reasoning": "one\n\n two", "answer": 3})
     text = chat(CHATML)
     (_, first), (_, second) = data.load_labeled(path, text, 500, 500)[0]
@@ -773,14 +780,15 @@ def test_records_in_gsm8ks_form(tmp_path, toy, chat):
 
 
 def test_unlabeled_answers_are_never_read(tmp_path, chat):
-    path = write_lines(tmp_path / "a.jsonl", {"prompt": "a", "answer": {"x": [1]}}, {"prompt": "b", "answer": "\ud800"},
-                       {"question": "a"})
+    path = write_lines(tmp_path / "a.jsonl", {"prompt": "a", "answer": {"x": [1]}},
+                       {"prompt": "b", "answer": "\ud800"}, {"question": "a"})
     text = chat(CHATML)
     assert data.load_unlabeled(path, text, 500)[0] == [text.prompt("a"), text.prompt("b")], "repeated ones once"
 
 
 @pytest.mark.parametrize("line", [
-    b"{", b"[1]", b'"text"', b"\xff\xfe", b'{"reasoning": "r", "answer": "1"}', b'{"prompt": "p", "reasoning": "r"}',
+    b"{", b"[1]", b'"text"', b"\xff\xfe",
+    b'{"reasoning": "r", "answer": "1"}', b'{"prompt": "p", "reasoning": "r"}',
     b'{"prompt": "p", "answer": "1"}', b'{"prompt": ["p"], "reasoning": "r", "answer": "1"}',
     b'{"prompt": "p", "reasoning": null, "answer": "1"}', b'{"prompt": "p", "reasoning": "r", "answer": true}',
     b'{"prompt": "\\ud800", "reasoning": "r", "answer": "1"}', b'{"prompt": " ", "reasoning": "r", "answer": "1"}',
@@ -848,8 +856,9 @@ def test_the_toys_files_are_disjoint_and_a_function_of_the_seed(toy, tmp_path):
 
 def run(cwd, *arguments, processes=1):
     """`python train.py`, or torchrun, in cwd on the CPU."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.run([sys.executable, *launcher, Path(__file__).with_name("train.py"), "--device", "cpu",
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    script = Path(__file__).with_name("train.py")
+    return subprocess.run([sys.executable, *torchrun * (processes > 1), script, "--device", "cpu",
                            *map(str, arguments)], cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True, timeout=600)
 
@@ -870,7 +879,7 @@ SMALL = ["--max_eval", 4, "--eval_samples", 2, "--show", 0, "--max_new_tokens", 
 def toy_run(tmp_path_factory):
     """The default run, shortened, with a learning rate that lets few steps show: (folder, metrics, output)."""
     cwd = tmp_path_factory.mktemp("run")
-    done = run(cwd, "--steps", 15, "--lr", 1e-3, "--show", 1, *EVALUATION)
+    done = run(cwd, "--steps", 10, "--lr", 1e-3, "--show", 1, *EVALUATION)
     assert done.returncode == 0, done.stderr
     lines = (cwd / "out/run/metrics.jsonl").read_text().splitlines()
     return cwd, [json.loads(line) for line in lines], done.stdout + done.stderr
@@ -878,13 +887,12 @@ def toy_run(tmp_path_factory):
 
 def test_the_default_run_learns(toy_run):
     cwd, lines, _ = toy_run
-    assert [line["step"] for line in lines] == list(range(1, 16))
+    assert [line["step"] for line in lines] == list(range(1, 11))
     assert all(math.isfinite(v) for line in lines for v in line.values())
     assert all(0 < line["lambda"] < 1 for line in lines)
     assert lines[-1]["loss_rd"] < 0.8 * lines[0]["loss_rd"]
-    assert lines[-1]["prg_rollouts"] > lines[0]["prg_rollouts"]
     result = json.loads((cwd / "out/run/eval.json").read_text())
-    assert result["final"]["accuracy"] > result["base"]["accuracy"] + 0.05
+    assert result["final"]["accuracy"] > result["base"]["accuracy"] + 0.1
 
 
 def test_the_evaluation_says_what_it_should(toy_run):
@@ -906,8 +914,8 @@ def test_the_saved_model_is_complete(toy_run):
     done = run(cwd, "--eval_only", "--model", folder, "--eval", "out/toy/eval.jsonl", "--max_prompt_tokens", 64,
                "--max_new_tokens", 48, "--out", "out/again", *EVALUATION)
     assert done.returncode == 0, done.stderr
-    again, before = (json.loads((cwd / "out" / name / "eval.json").read_text())["final"] for name in ("again", "run"))
-    assert again == pytest.approx(before)
+    before, again = (json.loads((cwd / "out" / name / "eval.json").read_text()) for name in ("run", "again"))
+    assert again["final"] == pytest.approx(before["final"])
     tf, ours = transformers(), load_pretrained(folder)
     text = data.Text(folder, ours.eos_ids)
     prompt = text.prompt(data.read_jsonl(cwd / "out/toy/eval.jsonl")[0][1]["prompt"])
@@ -947,9 +955,9 @@ def test_two_processes_make_the_update_of_one(toy_run, numbers):
 
 
 @pytest.mark.parametrize("arguments, named", [
-    (["--model", "nowhere"], "nowhere"), (["--labeled", "nowhere.jsonl"], "nowhere.jsonl"),
-    (["--labeled", "bad.jsonl"], "bad.jsonl line 1"), (["--model", "out/toy"], "--labeled"), (["--tau", "0"], "--tau"),
-    (["--max_new_tokens", "9999"], "--max_new_tokens")])
+    (["--model", "nowhere", "--method", "rd", "--labeled", "out/toy/labeled.jsonl"], "nowhere"),
+    (["--labeled", "nowhere.jsonl"], "nowhere.jsonl"), (["--labeled", "bad.jsonl"], "bad.jsonl line 1"),
+    (["--model", "out/toy"], "--labeled"), (["--tau", "0"], "--tau")])
 def test_a_bad_command_line_ends_with_one_line(toy_run, arguments, named):
     write_lines(toy_run[0] / "bad.jsonl", "{")
     done = run(toy_run[0], "--out", "out/bad", *arguments)

@@ -390,7 +390,7 @@ class Trainer:
         """
         s, device, losses = self.settings, self.world.device, torch.zeros(2, device=self.world.device)
         if not sequences:  # the other processes wait for this one's gradients: give them zeros
-            sequences = [Sequence(prg.Trace([0, 0], [1], 2), prompt_length=1)]
+            sequences = [Sequence(prg.Trace([0], [1], 1), prompt_length=1, logprobs=torch.zeros(0, device=device))]
         batches = prg.batches_by_length([len(x.ids) for x in sequences], s.tokens_per_batch)
         for number, indices in enumerate(batches, 1):
             batch = [sequences[i] for i in indices]
