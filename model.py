@@ -443,6 +443,9 @@ def put(path: Path, write):
     try:
         write(temporary)
         os.replace(temporary, path)
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors raise when the disk is full
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written ({reason}): free some space; what was there is untouched") from None
     finally:
         temporary.unlink(missing_ok=True)
 

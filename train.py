@@ -346,8 +346,8 @@ class Trainer:
     def weigh(self, rollouts: list[Sequence], count: float, of_traces: dict[str, float]) -> float:
         """Move the anchor, set each rollout's advantage, and return lambda: README, "The method"."""
         s = self.settings
-        if of_traces["count"]:
-            mean = of_traces["prg"] / of_traces["count"]
+        mean = of_traces["prg"] / max(of_traces["count"], 1)
+        if of_traces["count"] and math.isfinite(mean):
             self.anchor = mean if self.anchor is None else s.anchor_decay * self.anchor + (1 - s.anchor_decay) * mean
 
         def column(name):
@@ -506,75 +506,72 @@ def train(settings: Settings, extra_reward=None):
     """A whole run: evaluate, train, save, evaluate again."""
     world = World(settings.device)
     if not settings.model:
-        toy = build_toy(world)
-        settings.model = str(toy)
+        settings.model = str(build_toy(world))
         for name in ("labeled", "unlabeled", "eval"):
-            setattr(settings, name, getattr(settings, name) or str(toy / f"{name}.jsonl"))
-    for name, needed in (("labeled", settings.method != "rlif"), ("unlabeled", settings.method != "rd"), ("eval", True)):
-        if not getattr(settings, name) and (name == "eval" if settings.eval_only else needed and name != "eval"):
-            raise UsageError(f"--{name} is missing: give a JSONL file (README, \"Your own data\")")
-    trainer, out = Trainer(settings, world, extra_reward), Path(settings.out)
-    if world.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+            setattr(settings, name, getattr(settings, name) or f"{settings.model}/{name}.jsonl")
+    needed = ["eval"] if settings.eval_only else {"rd": ["labeled"], "rlif": ["unlabeled"]}.get(
+        settings.method, ["labeled", "unlabeled"])
+    for name in needed:
+        if not getattr(settings, name):
+            raise UsageError(f'--{name} is missing: give a JSONL file (README, "Your own data and model")')
+    trainer, out, results = Trainer(settings, world, extra_reward), Path(settings.out), {}
 
-    def write_eval(results):
+    def evaluate(name):
+        results[name], examples = trainer.evaluate()
         if world.rank == 0:
             put(out / "eval.json", lambda path: path.write_text(json.dumps(results, indent=2)))
-    if settings.eval_only:
-        result, examples = trainer.evaluate()
-        write_eval({"final": result})
-        print_table(world, {"final": result})
-        return trainer.show(examples)
+        return examples
+    if world.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+    if not settings.eval_only:
+        if settings.resume and trainer.restore():
+            world.say(f"resuming after step {trainer.done}")
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                results["base"] = json.loads((out / "eval.json").read_text())["base"]
+        elif trainer.held_out:
+            evaluate("base")
+        if not learn(trainer, out):
+            return world.say(f"stopped after step {trainer.done}; go on with --resume")
+        if world.rank == 0:
+            save_pretrained(trainer.model, out / "model")
+    if trainer.held_out:
+        examples = evaluate("final")
+        print_table(world, results)
+        trainer.show(examples)
+    if not settings.eval_only:
+        world.say(f"\nthe model is in {out / 'model'}, the log in {out / 'metrics.jsonl'}")
 
-    results = {}
-    resumed = settings.resume and trainer.restore()
-    if resumed:
-        world.say(f"resuming after step {trainer.done}")
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            results["base"] = json.loads((out / "eval.json").read_text())["base"]
-    elif trainer.held_out:
-        results["base"], _ = trainer.evaluate()
-        write_eval(results)
-    log = None
+
+def learn(trainer: Trainer, out: Path) -> bool:
+    """The steps that are left, logged and saved; False if SIGINT or SIGTERM ended them early."""
+    settings, world, stop = trainer.settings, trainer.world, []
     if world.rank == 0:
         log = open_log(out / "metrics.jsonl", trainer.done)
-        if not resumed:
-            for old in out.glob("checkpoint-*.pt"):
-                old.unlink()
-
-    stop = []
+        for old in [] if trainer.done else out.glob("checkpoint-*.pt"):  # of another run, not to be resumed by mistake
+            world.say(f"removing {old}, since this run starts anew")
+            old.unlink()
 
     def stop_soon(number, frame):  # finish the step, save, leave; at once when asked twice
         if stop:
             raise KeyboardInterrupt
         stop.append(number)
     handlers = {number: signal.signal(number, stop_soon) for number in (signal.SIGINT, signal.SIGTERM)}
-    bar = world.bar(settings.steps, settings.method)
-    bar.update(trainer.done)
-    while trainer.done < settings.steps:
-        line = trainer.step()
-        if world.rank == 0:
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-        bar.set_postfix_str(f"lambda {line['lambda']:.2f}, PRG {line['prg_rollouts'] or 0:.2f}")
-        bar.update()
-        stopping = world.sum(torch.tensor(float(bool(stop)), device=world.device)).item() > 0
-        if stopping or trainer.done % settings.save_every == 0 or trainer.done == settings.steps:
-            trainer.save()
-        if stopping:
-            bar.close()
-            return world.say(f"stopped after step {trainer.done}; go on with --resume")
-    bar.close()
+    stopping = False
+    with world.bar(settings.steps, settings.method) as bar:
+        bar.update(trainer.done)
+        while trainer.done < settings.steps and not stopping:
+            line = trainer.step()
+            if world.rank == 0:
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+            bar.set_postfix_str(f"lambda {line['lambda']:.2f}, PRG {line['prg_rollouts'] or 0:.2f}")
+            bar.update()
+            stopping = world.sum(torch.tensor(float(bool(stop)), device=world.device)).item() > 0
+            if stopping or trainer.done % settings.save_every == 0 or trainer.done == settings.steps:
+                trainer.save()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if world.rank == 0:
-        save_pretrained(trainer.model, out / "model")
-    if trainer.held_out:
-        results["final"], examples = trainer.evaluate()
-        write_eval(results)
-        print_table(world, results)
-        trainer.show(examples)
-    world.say(f"\nthe model is in {out / 'model'}, the log in {out / 'metrics.jsonl'}")
+    return not stopping
 
 
 def open_log(path: Path, steps: int):
