@@ -524,8 +524,10 @@ def train(settings: Settings, extra_reward=None):
     if world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
     if not settings.eval_only:
-        if settings.resume and trainer.restore():
-            world.say(f"resuming after step {trainer.done}")
+        resumed = settings.resume and trainer.restore()
+        if settings.resume:
+            world.say(f"resuming after step {trainer.done}" if resumed else f"no checkpoint in {out}: starting anew")
+        if resumed:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 results["base"] = json.loads((out / "eval.json").read_text())["base"]
         elif trainer.held_out:
