@@ -72,8 +72,8 @@ class Config:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            raise CheckpointError(f"{self.num_attention_heads} heads of size {self.head_dim} do not fit: the size must be "
-                                  f"even, the number a multiple of num_key_value_heads, {self.num_key_value_heads}")
+            raise CheckpointError(f"{self.num_attention_heads} heads of size {self.head_dim} do not fit: the size must be"
+                                  f" even, the number a multiple of num_key_value_heads, {self.num_key_value_heads}")
 
     @property
     def windows(self) -> list[int | None]:

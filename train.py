@@ -105,8 +105,8 @@ def parse_arguments(argv=None) -> Settings:
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     toy = {} if given.get("model") else {f.name: f.metadata["toy"] for f in fields(Settings) if f.metadata["toy"]}
     settings = Settings(**{**toy, **given})
-    for name in ("queries_per_step", "group_size", "traces_per_step", "max_prompt_tokens", "max_new_tokens", "tau", "lr",
-                 "max_steps", "eval_samples", "save_every", "updates_per_batch", "tokens_per_batch",
+    for name in ("queries_per_step", "group_size", "traces_per_step", "max_prompt_tokens", "max_new_tokens", "tau",
+                 "lr", "max_steps", "eval_samples", "save_every", "updates_per_batch", "tokens_per_batch",
                  "rollouts_per_batch", "max_grad_norm"):
         if not 0 < getattr(settings, name) < math.inf:
             raise UsageError(f"--{name} is {getattr(settings, name)}: give a number above 0")
@@ -153,7 +153,8 @@ class World:
             tqdm.write(" ".join(map(str, words)))
 
     def bar(self, total: int, what: str):
-        return tqdm(total=total, desc=what, disable=True if self.rank or not total else None, dynamic_ncols=True, leave=False)
+        hidden = True if self.rank or not total else None  # None: shown on a terminal only
+        return tqdm(total=total, desc=what, disable=hidden, dynamic_ncols=True, leave=False)
 
 
 # ------------------------------------------------------------------------------------------- the method
@@ -310,7 +311,8 @@ class Trainer:
         of_rollouts = self.totals(rollouts)
         of_traces = self.totals(traces)
         lam = self.weigh(rollouts, of_rollouts["count"], of_traces)
-        losses, norm = self.update(rollouts * (lam > 0) + traces * (lam < 1), lam, of_traces["length"], of_rollouts["count"])
+        losses, norm = self.update(rollouts * (lam > 0) + traces * (lam < 1), lam,
+                                   of_traces["length"], of_rollouts["count"])
         clock.append(self.now())
         self.done += 1
 
@@ -357,14 +359,14 @@ class Trainer:
             w = hytuning.adaptive_weights(column("prg"), self.anchor, s.tau)
         r = w * (column("certainty") if s.reward == "self_certainty" else -column("entropy"))
         if self.extra_reward:
-            r += torch.tensor([self.extra_reward(self.text.decode(x.ids[:x.prompt_length]), self.text.decode(x.response))
-                               for x in rollouts], dtype=torch.double)
+            r += torch.tensor([self.extra_reward(self.text.decode(x.ids[:x.prompt_length]),
+                                                 self.text.decode(x.response)) for x in rollouts], dtype=torch.double)
         for x, advantage in zip(rollouts, hytuning.group_advantages(r, s.group_size).tolist()):
             x.advantage = advantage
         mean_weight = self.world.sum(w.sum().to(self.world.device)).item() / max(count, 1)
         return {"hytuning": mean_weight, "static": 0.5, "rd": 0.0, "rlif": 1.0}[s.method]
 
-    def update(self, sequences: list[Sequence], lam: float, tokens: float, rollouts: float) -> tuple[list[float], float]:
+    def update(self, sequences: list[Sequence], lam: float, tokens: float, rollouts: float):
         """One optimiser step (or --updates_per_batch); ([L_RD, L_RLIF], norm of the gradient)."""
         for _ in range(self.settings.updates_per_batch):
             losses = self.world.sum(self.backward(sequences, lam, max(tokens, 1), max(rollouts, 1))).tolist()
@@ -493,7 +495,8 @@ class Trainer:
         changed = [f"--{k} {v} there, {getattr(self.settings, k)} here" for k, v in state["settings"].items()
                    if k not in free and v != getattr(self.settings, k)]
         if changed:
-            raise UsageError(f"{found[-1]} was made with other settings ({'; '.join(changed)}): use them, or another --out")
+            raise UsageError(f"{found[-1]} was made with other settings ({'; '.join(changed)}): use these, or "
+                             "another --out")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.done, self.anchor = state["step"], state["anchor"]
@@ -586,8 +589,9 @@ def open_log(path: Path, steps: int):
 def print_table(world: World, results: dict):
     world.say("\n" + " " * 24 + "".join(f"{name:>8}" for name in results))
     for key in next(iter(results.values())):
-        values = [result[key] for result in results.values()]
-        world.say(f"{key:24}" + "".join(f"{'-' if v is None else format(v, 'd' if key == 'n' else '.3f'):>8}" for v in values))
+        values = ["-" if result[key] is None else f"{result[key]:.3f}" if key != "n" else result[key]
+                  for result in results.values()]
+        world.say(f"{key:24}" + "".join(f"{value:>8}" for value in values))
 
 
 # ----------------------------------------------------------------------------------- the toy's base model
