@@ -188,7 +188,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         if x.device.type != "cpu" or x.shape[-2] > 1 or torch.is_grad_enabled() or self.bias is not None:
             return super().forward(x)
-        return (self.weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
+        return (self.weight @ x.flatten(0, -2).T).T.contiguous().unflatten(0, x.shape[:-1])
 
 
 class Attention(nn.Module):
@@ -485,16 +485,19 @@ class Cache:
             return self.k[i][:, :, :self.width], self.v[i][:, :, :self.width]
         return keys_values
 
-    def take(self, rows: Tensor, slots: int):
-        """Become the given rows (repeated, or with finished ones left out), with room for `slots` tokens."""
-        def moved(old, empty):
-            new = old.new_full((len(rows),) + old.shape[1:-2] + (slots,) + old.shape[-1:], empty)
-            new[..., :old.shape[-2], :] = old[rows]
-            return new
+    def place(self, other: "Cache", at: Tensor, rows: Tensor, end: int):
+        """Copy the given rows of another cache into the rows `at`, so that its last slot comes before `end`."""
+        start = end - other.positions.shape[1]
+        for mine, theirs in zip(self.k + self.v, other.k + other.v):
+            mine[at, :, start:end] = theirs[rows]
+        self.positions[at, start:end] = other.positions[rows]
+
+    def keep(self, rows: Tensor):
+        """Drop all other rows: one layer after the other, so that little is ever held twice."""
         for buffers in (self.k, self.v):
-            for i in range(len(buffers)):  # one layer at a time: little is ever held twice
-                buffers[i] = moved(buffers[i], 0)
-        self.positions = moved(self.positions[..., None], self.EMPTY)[..., 0]
+            for i in range(len(buffers)):
+                buffers[i] = buffers[i][rows]
+        self.positions = self.positions[rows]
 
 
 @torch.no_grad()
@@ -514,17 +517,26 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
         if not prompt or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             raise ValueError(f"prompt {i} is empty or has a token id outside 0..{config.vocab_size - 1}")
 
-    # Prefill: each prompt once, aligned at the end; then its samples get copies of its cache.
+    # Prefill: each prompt once, with others of like length; then its samples get copies of its keys and values.
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-    cache = Cache(config, len(prompts), longest, model.lm_head.weight)
-    cache.slot = torch.arange(longest, device=device)
-    positions = cache.slot - (longest - lengths)[:, None]
-    logits = model.lm_head(model.hidden_states(ids, positions, cache=cache)[:, -1:])[:, 0]
-    source = torch.arange(len(prompts), device=device).repeat_interleave(samples_per_prompt)
+    longest, samples = max(map(len, prompts)), samples_per_prompt
     slots = longest + max_new_tokens
-    cache.take(source, slots)
+    cache = Cache(config, len(prompts) * samples, slots, model.lm_head.weight)
+    source = torch.arange(len(prompts), device=device).repeat_interleave(samples)
+    first = torch.empty(len(prompts), config.vocab_size, dtype=cache.k[0].dtype, device=device)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    tokens_at_once = 2**14 if device.type == "cuda" else 2**9
+    while order:
+        width = len(prompts[order[0]])
+        count = max(1, tokens_at_once // width)
+        group, order = torch.tensor(order[:count], device=device), order[count:]
+        part = Cache(config, len(group), width, model.lm_head.weight)
+        part.slot = torch.arange(width, device=device)
+        ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in group.tolist()], device=device)
+        hidden = model.hidden_states(ids, part.slot - (width - lengths[group])[:, None], cache=part)
+        first[group] = model.lm_head(hidden[:, -1:])[:, 0]
+        rows = (group[:, None] * samples + torch.arange(samples, device=device)).flatten()
+        cache.place(part, rows, torch.arange(len(group), device=device).repeat_interleave(samples), longest)
 
     # Everything that a step touches lies on the device in tensors of a fixed shape.
     u = uniforms(prompts, samples_per_prompt, max_new_tokens, seed).to(device)
@@ -547,7 +559,7 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
         cache.slot.add_(1)
         choose(model.lm_head(hidden)[:, 0])
 
-    choose(logits[source])
+    choose(first[source])
     replay, bucket = None, 128 if device.type == "cuda" else 1
     for n in range(1, max_new_tokens):
         if len(ends) and n % 16 == 0:  # the only read-back: finished rows leave the batch
@@ -556,7 +568,7 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
                 break
             if len(alive) <= 0.8 * len(rows):
                 rows, token, replay = rows[alive], token[alive], None
-                cache.take(alive, slots)
+                cache.keep(alive)
         width = min(slots, -(-(longest + n) // bucket) * bucket)
         if width != cache.width or replay is None:  # a new shape; on CUDA captured once and then replayed
             cache.width = width
