@@ -374,8 +374,11 @@ def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
     model.files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).is_file()}
     check_vocabulary(folder / "tokenizer.json", config)
     generation = read_json(folder / "generation_config.json") if "generation_config.json" in model.files else {}
-    eos = generation.get("eos_token_id", raw.get("eos_token_id"))
+    eos = generation.get("eos_token_id", raw.get("eos_token_id")) if isinstance(generation, dict) else "unreadable"
     model.eos_ids = tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    if not all(type(i) is int and 0 <= i < config.vocab_size for i in model.eos_ids):
+        raise CheckpointError(f"{folder}: the eos_token_id of generation_config.json or config.json is {eos!r}, which "
+                              "is not a token id or a list of them: correct it")
     return model
 
 

@@ -488,12 +488,13 @@ class Trainer:
             return False
         try:
             state = torch.load(found[-1], map_location=self.world.device, weights_only=True)
-        except Exception as error:
-            raise UsageError(f"{found[-1]} cannot be read ({str(error).splitlines()[0]}): remove it") from None
+            there = state["settings"]
+        except Exception as error:  # whatever a file of unknown content makes torch raise
+            raise UsageError(f"{found[-1]} is no checkpoint of ours ({str(error).splitlines()[0]}): remove it") from None
         free = {"steps", "out", "resume", "show", "device", "save_every", "eval", "max_eval", "eval_samples",
                 "tokens_per_batch", "rollouts_per_batch", "checkpoint_activations"}
-        changed = [f"--{k} {v} there, {getattr(self.settings, k)} here" for k, v in state["settings"].items()
-                   if k not in free and v != getattr(self.settings, k)]
+        changed = [f"--{k} {v} there, {getattr(self.settings, k, v)} here" for k, v in there.items()
+                   if k not in free and v != getattr(self.settings, k, v)]
         if changed:
             raise UsageError(f"{found[-1]} was made with other settings ({'; '.join(changed)}): use these, or "
                              "another --out")
@@ -531,7 +532,7 @@ def train(settings: Settings, extra_reward=None):
         if settings.resume:
             world.say(f"resuming after step {trainer.done}" if resumed else f"no checkpoint in {out}: starting anew")
         if resumed:
-            with contextlib.suppress(OSError, ValueError, KeyError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 results["base"] = json.loads((out / "eval.json").read_text())["base"]
         elif trainer.held_out:
             evaluate("base")
