@@ -50,7 +50,8 @@ def answers_match(a: str, b: str) -> bool:
     Case, outer punctuation and currency signs do not count. A bare number also matches text that holds exactly
     one number, and this one.
     """
-    a, b = (re.sub(r"\s+", " ", x).strip(" .*$€£`\"'").casefold() for x in (a, b))
+    a, b = (re.sub(r"\s+", " ", re.sub("[$€£]", "", x.replace("\u2212", "-"))).casefold() for x in (a, b))
+    a, b = (x.lstrip(" *`\"'([").rstrip(" *`\"')].!?,;:") for x in (a, b))
     if a == b:
         return True
     numbers = [[as_number(x) for x in NUMBER.findall(text) if as_number(x) is not None] for text in (a, b)]
@@ -154,7 +155,10 @@ class Text:
         (a character may take several bytes) all end where it does."""
         stream, text, ends, waiting = decoders.DecodeStream(skip_special_tokens=True), "", [], 0
         for i in ids:
-            piece = stream.step(self.tokenizer, i)
+            try:
+                piece = stream.step(self.tokenizer, i)
+            except Exception:  # bytes that are no text, which a sampled response may hold: nothing can be read in it
+                return "", [0] * len(ids)
             waiting += 1
             if piece is not None:
                 text += piece

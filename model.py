@@ -72,8 +72,8 @@ class Config:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            raise CheckpointError(f"{self.num_attention_heads} heads of size {self.head_dim} do not fit: the size must be"
-                                  f" even, the number a multiple of num_key_value_heads, {self.num_key_value_heads}")
+            raise CheckpointError(f"{self.num_attention_heads} heads of size {self.head_dim} do not fit: the size must "
+                                  f"be even, the number a multiple of num_key_value_heads {self.num_key_value_heads}")
 
     @property
     def windows(self) -> list[int | None]:
@@ -90,7 +90,7 @@ class Config:
         Raises CheckpointError for whatever this file would not compute exactly.
         """
         family = raw.get("model_type") if isinstance(raw, dict) else None
-        if family not in FIXED:
+        if not isinstance(family, str) or family not in FIXED:
             raise CheckpointError(f"model_type {family!r} is not supported, only {', '.join(FIXED)}")
         if raw.get("quantization_config"):
             raise CheckpointError("the weights are quantized; use the checkpoint with the original float weights")
@@ -99,12 +99,14 @@ class Config:
         for name, kind in types.items():
             value = known.get(name, getattr(cls, name, None))
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not isinstance(value, kind | int if kind is float else kind) or number and value < (
-                    0 if name == "max_window_layers" or kind is float else 1):
+            if not isinstance(value, kind | int if kind is float else kind) or number and not (
+                    name != "max_window_layers" and kind is not float) <= value < 2**40:
                 raise CheckpointError(f"{name} is {value!r}, which is not possible")
         known.update(FIXED[family], rope_parameters=read_rope(raw), raw=raw)
         if known.get("hidden_act", "silu") != "silu":
             raise CheckpointError(f"hidden_act {known['hidden_act']!r} is not supported, only 'silu'")
+        if not {"full_attention", "sliding_attention"}.issuperset(map(str, known.get("layer_types") or [])):
+            raise CheckpointError(f"layer_types {known['layer_types']} has kinds other than full and sliding attention")
         if len(known.get("layer_types") or range(known["num_hidden_layers"])) != known["num_hidden_layers"]:
             raise CheckpointError(f"layer_types does not have num_hidden_layers = {known['num_hidden_layers']} entries")
         return cls(**known)
@@ -121,7 +123,7 @@ def read_rope(raw: dict) -> dict:
     if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
         raise CheckpointError("rope_parameters is not one flat table; tables by layer are not supported")
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_NEEDS:
+    if not isinstance(kind, str) or kind not in ROPE_NEEDS:
         raise CheckpointError(f"rope_type {kind!r} is not supported, only {', '.join(ROPE_NEEDS)}")
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1):
         raise CheckpointError("partial_rotary_factor is not supported: each head must be turned whole")
@@ -129,8 +131,10 @@ def read_rope(raw: dict) -> dict:
                or raw.get("max_position_embeddings", 2048))
     rope = {"rope_theta": raw.get("rope_theta", 10000.0), **rope, "rope_type": kind,
             "original_max_position_embeddings": trained}
-    for name in ["rope_theta", "original_max_position_embeddings", *ROPE_NEEDS[kind]]:
-        if type(rope.get(name)) not in (int, float) or rope[name] <= 0:
+    optional = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+    given = [name for name in optional if rope.get(name)]
+    for name in ["rope_theta", "original_max_position_embeddings", *ROPE_NEEDS[kind], *given]:
+        if type(rope.get(name)) not in (int, float) or not (name == "rope_theta") < rope[name] < math.inf:
             raise CheckpointError(f"RoPE type {kind!r} needs a positive number for {name}, not {rope.get(name)!r}")
     return rope
 
@@ -374,7 +378,8 @@ def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
     model.files = {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).is_file()}
     check_vocabulary(folder / "tokenizer.json", config)
     generation = read_json(folder / "generation_config.json") if "generation_config.json" in model.files else {}
-    eos = generation.get("eos_token_id", raw.get("eos_token_id")) if isinstance(generation, dict) else "unreadable"
+    eos = generation.get("eos_token_id") if isinstance(generation, dict) else "unreadable"
+    eos = raw.get("eos_token_id") if eos is None else eos
     model.eos_ids = tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
     if not all(type(i) is int and 0 <= i < config.vocab_size for i in model.eos_ids):
         raise CheckpointError(f"{folder}: the eos_token_id of generation_config.json or config.json is {eos!r}, which "

@@ -660,7 +660,8 @@ def test_an_answer_is_the_rest_of_the_last_markers_line(text, answer):
     ("$1,000", "1000.00", True), ("1000 dollars", "1000", True), ("Yes.", "yes", True), ("**18**", "18", True),
     ("1/2", "0.5", True), ("18%", "18", True), ("-5", "5", False), ("12", "13", False), ("x = 5", "5", True),
     ("3 apples", "3 oranges", False), ("3 of 4", "3", False), ("Paris", "paris", True), ("Paris", "Rome", False),
-    ("12", "twelve", False), ("1/0", "1", False)])
+    ("12", "twelve", False), ("1/0", "1", False), (".5", "5", False), (".5", "0.5", True), ("-$5", "5", False),
+    ("-$5", "-5", True), ("\u22125", "-5", True), ("(B)", "B", True), ("yes!", "yes", True)])
 def test_answers_match(a, b, same):
     assert data.answers_match(a, b) == data.answers_match(b, a) == same
 
@@ -758,6 +759,17 @@ def test_a_folder_without_a_usable_tokenizer_is_named(tmp_path, toy):
             data.Text(tmp_path, [0])
     with pytest.raises(data.DataError, match="end token"):
         data.Text(toy[0])
+
+
+def test_a_response_that_is_no_text_has_no_answer(tmp_path):
+    """Tokenizers of the Llama 2 kind have a token for each byte, and a sampled response may string them anyhow."""
+    words = {"<unk>": 0, "</s>": 1, "<0x0A>": 2, "<0xE2>": 3, "A": 4}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    trace = data.Text(tmp_path, [1]).parse([4], [2, 3, 4, 1])
+    assert trace == ([4, 2, 3, 4, 1], [1], 5, [])
 
 
 def write_lines(path, *lines):

@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,8 @@ def parse_arguments(argv=None) -> Settings:
     for name in ("seed", "steps", "temperature", "kl", "clip", "show", "max_labeled", "max_unlabeled", "max_eval"):
         if not 0 <= getattr(settings, name) < math.inf:
             raise UsageError(f"--{name} is {getattr(settings, name)}: give a number that is not negative")
+    if not settings.marker.strip() or "\n" in settings.marker:
+        raise UsageError("--marker is blank or longer than a line: give a word or two, such as 'Answer:'")
     if not 0 <= settings.anchor_decay < 1:
         raise UsageError(f"--anchor_decay is {settings.anchor_decay}: give a number from 0 to below 1")
     return settings
@@ -130,13 +133,16 @@ class World:
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         try:
             self.device = torch.device(device)
+            if self.device.type not in ("cpu", "cuda"):
+                raise RuntimeError("only cpu and cuda can")
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise UsageError(f"--device {device} cannot be used here ({str(error).splitlines()[0]})") from None
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # Others wait while one process writes a checkpoint of many gigabytes: longer than NCCL's ten minutes.
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all processes, the same in each."""
@@ -242,6 +248,9 @@ class Trainer:
         if s.eval:
             self.held_out, skipped[s.eval] = data.load_eval(s.eval, self.text, s.max_prompt_tokens, s.max_eval)
         self.traces = [self.sequence(*record, supervised=True) for record in self.labeled]
+        if not all(trace.complete for trace in self.traces):
+            raise UsageError(f"{s.labeled}: an answer behind {s.marker!r} cannot be read back from the tokens of "
+                             f"{s.model}: choose another --marker")
         for path, count in skipped.items():
             if count:
                 self.world.say(f"{path}: {count} records skipped, longer than --max_prompt_tokens or --max_new_tokens")
@@ -251,8 +260,10 @@ class Trainer:
 
     def sequence(self, prompt: list[int], response: list[int], supervised=False) -> Sequence:
         trace = prg.Trace(*self.text.parse(prompt, response))
-        answered = len(trace.tokens) > trace.answer_start
-        return Sequence(trace, len(prompt), answered and response[-1] in self.text.ends, supervised)
+        complete = len(trace.tokens) > trace.answer_start and response[-1] in self.text.ends
+        if not complete:  # PRG is -1 anyway: no answer to look at after each step
+            trace = prg.Trace(prompt + response, [len(prompt)], len(prompt + response))
+        return Sequence(trace, len(prompt), complete, supervised)
 
     def sample(self, prompts, samples: int, temperature: float, seed: int, what="") -> list[list[list[int]]]:
         """[prompt][sample] -> response ids: `generate` on batches of prompts of like length."""
@@ -356,8 +367,10 @@ class Trainer:
             return torch.tensor([getattr(x, name) for x in rollouts], dtype=torch.double)
         w = torch.ones(len(rollouts), dtype=torch.double)
         if s.method == "hytuning":
-            w = hytuning.adaptive_weights(column("prg"), self.anchor, s.tau)
-        r = w * (column("certainty") if s.reward == "self_certainty" else -column("entropy"))
+            w = hytuning.adaptive_weights(column("prg"), self.anchor or 0.0, s.tau)
+        # Both are divergences from the uniform distribution, never negative: a weight can only take away.
+        uniform = math.log(self.model.config.vocab_size)
+        r = w * (column("certainty") if s.reward == "self_certainty" else uniform - column("entropy"))
         if self.extra_reward:
             r += torch.tensor([self.extra_reward(self.text.decode(x.ids[:x.prompt_length]),
                                                  self.text.decode(x.response)) for x in rollouts], dtype=torch.double)
@@ -374,7 +387,7 @@ class Trainer:
             if math.isfinite(norm):  # the same in all processes, since DDP has exchanged the gradients
                 self.optimizer.step()
             self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=self.world.size == 1)  # DDP's gradients stay views of its buckets
         if self.bad_steps >= 10:
             raise UsageError("the gradient was not finite in ten steps in a row: lower --lr or use --dtype float32")
         return losses, norm
@@ -487,10 +500,11 @@ class Trainer:
         if not found:
             return False
         try:
-            state = torch.load(found[-1], map_location=self.world.device, weights_only=True)
-            there = state["settings"]
+            state = torch.load(found[-1], map_location="cpu", weights_only=True)  # never twice on the GPU
+            there = dict(state["settings"])
         except Exception as error:  # whatever a file of unknown content makes torch raise
-            raise UsageError(f"{found[-1]} is no checkpoint of ours ({str(error).splitlines()[0]}): remove it") from None
+            raise UsageError(f"{found[-1]} cannot be read as a checkpoint ({str(error).splitlines()[0]}): "
+                             "move it away to resume from the one before") from None
         free = {"steps", "out", "resume", "show", "device", "save_every", "eval", "max_eval", "eval_samples",
                 "tokens_per_batch", "rollouts_per_batch", "checkpoint_activations"}
         changed = [f"--{k} {v} there, {getattr(self.settings, k, v)} here" for k, v in there.items()
@@ -498,9 +512,13 @@ class Trainer:
         if changed:
             raise UsageError(f"{found[-1]} was made with other settings ({'; '.join(changed)}): use these, or "
                              "another --out")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.done, self.anchor = state["step"], state["anchor"]
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.done, self.anchor = state["step"], state["anchor"]
+        except (RuntimeError, ValueError, KeyError):
+            raise UsageError(f"{found[-1]} belongs to a model of another shape than {self.settings.model}: use another "
+                             "--out") from None
         return True
 
 
@@ -533,7 +551,9 @@ def train(settings: Settings, extra_reward=None):
             world.say(f"resuming after step {trainer.done}" if resumed else f"no checkpoint in {out}: starting anew")
         if resumed:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                results["base"] = json.loads((out / "eval.json").read_text())["base"]
+                base = json.loads((out / "eval.json").read_text())["base"]
+                if base["n"] == len(trainer.held_out):  # of the same queries, as far as can be told
+                    results["base"] = base
         elif trainer.held_out:
             evaluate("base")
         if not learn(trainer, out):
@@ -624,7 +644,10 @@ def build_toy(world: World, folder=Path("out/toy")) -> Path:
             schedule.step()
         model.eos_ids = (end,)
         save_pretrained(model, temporary)
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except OSError:  # another run has built it meanwhile
+            shutil.rmtree(temporary)
     if world.size > 1:
         dist.barrier()
     return folder
