@@ -99,8 +99,8 @@ class Config:
         for name, kind in types.items():
             value = known.get(name, getattr(cls, name, None))
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not isinstance(value, kind | int if kind is float else kind) or number and not (
-                    name != "max_window_layers" and kind is not float) <= value < 2**40:
+            least = 0 if name == "max_window_layers" or kind is float else 1
+            if not isinstance(value, kind | int if kind is float else kind) or number and not least <= value < 2**40:
                 raise CheckpointError(f"{name} is {value!r}, which is not possible")
         known.update(FIXED[family], rope_parameters=read_rope(raw), raw=raw)
         if known.get("hidden_act", "silu") != "silu":
@@ -537,17 +537,17 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
     while order:
         width = len(prompts[order[0]])
         count = max(1, tokens_at_once // width)
+        ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in order[:count]], device=device)
         group, order = torch.tensor(order[:count], device=device), order[count:]
         part = Cache(config, len(group), width, model.lm_head.weight)
         part.slot = torch.arange(width, device=device)
-        ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in group.tolist()], device=device)
         hidden = model.hidden_states(ids, part.slot - (width - lengths[group])[:, None], cache=part)
         first[group] = model.lm_head(hidden[:, -1:])[:, 0]
         rows = (group[:, None] * samples + torch.arange(samples, device=device)).flatten()
         cache.place(part, rows, torch.arange(len(group), device=device).repeat_interleave(samples), longest)
 
     # Everything that a step touches lies on the device in tensors of a fixed shape.
-    u = uniforms(prompts, samples_per_prompt, max_new_tokens, seed).to(device)
+    u = uniforms(prompts, samples, max_new_tokens, seed).to(device)
     ends = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     out = torch.full((len(source), max_new_tokens), -1, device=device)
     done = torch.zeros(len(source), dtype=torch.bool, device=device)
@@ -583,7 +583,7 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
             replay = capture(step, (t, cache.slot, token, out, done)) if device.type == "cuda" else step
         replay()
     return [[[x for x in row if x >= 0] for row in group]
-            for group in out.view(len(prompts), samples_per_prompt, -1).tolist()]
+            for group in out.view(len(prompts), samples, -1).tolist()]
 
 
 def capture(step, state: tuple[Tensor, ...]):

@@ -237,23 +237,24 @@ class Trainer:
         self.anchor, self.done, self.bad_steps = None, 0, 0
 
     def load_data(self):
-        s, skipped = self.settings, {}
-        self.labeled, self.unlabeled, self.held_out = [], [], []
+        s, skipped = self.settings, {}  # by flag, not by path: one file may serve two of them
+        labeled, self.unlabeled, self.held_out = [], [], []
         if s.labeled:
-            self.labeled, skipped[s.labeled] = data.load_labeled(
+            labeled, skipped["labeled"] = data.load_labeled(
                 s.labeled, self.text, s.max_prompt_tokens, s.max_new_tokens, s.max_labeled)
         if s.unlabeled:
-            self.unlabeled, skipped[s.unlabeled] = data.load_unlabeled(
+            self.unlabeled, skipped["unlabeled"] = data.load_unlabeled(
                 s.unlabeled, self.text, s.max_prompt_tokens, s.max_unlabeled)
         if s.eval:
-            self.held_out, skipped[s.eval] = data.load_eval(s.eval, self.text, s.max_prompt_tokens, s.max_eval)
-        self.traces = [self.sequence(*record, supervised=True) for record in self.labeled]
+            self.held_out, skipped["eval"] = data.load_eval(s.eval, self.text, s.max_prompt_tokens, s.max_eval)
+        self.traces = [self.sequence(*record, supervised=True) for record in labeled]
         if not all(trace.complete for trace in self.traces):
             raise UsageError(f"{s.labeled}: an answer behind {s.marker!r} cannot be read back from the tokens of "
                              f"{s.model}: choose another --marker")
-        for path, count in skipped.items():
+        for name, count in skipped.items():
             if count:
-                self.world.say(f"{path}: {count} records skipped, longer than --max_prompt_tokens or --max_new_tokens")
+                self.world.say(f"--{name} {getattr(s, name)}: {count} records skipped, longer than --max_prompt_tokens or "
+                               "--max_new_tokens")
 
     def amp(self):
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
