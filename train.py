@@ -17,7 +17,9 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -84,6 +86,7 @@ class Settings:
     tokens_per_batch: int = option(16384, "tokens of one forward pass, padding included", toy=4096)
     rollouts_per_batch: int = option(512, "rollouts sampled at a time, in each process")
     checkpoint_activations: bool = option(False, "recompute activations: less memory, a third more time")
+    zero: bool = option(False, "share Adam's moments out among the processes: less memory in each, the same weights")
 
 
 class UsageError(ValueError):
@@ -123,8 +126,15 @@ def parse_arguments(argv=None) -> Settings:
 
 # ------------------------------------------------------------------------------------------- processes
 
+BEAT, SILENCE = 4, 8  # seconds between signs of life of a process; how many of them may be missing
+
+
 class World:
-    """The processes of a run: one, or as many as torchrun started (NCCL on GPUs, gloo on CPU)."""
+    """The processes of a run: one, or as many as torchrun started (NCCL on GPUs, gloo on CPU).
+
+    As a context it ends well or not at all: when a process dies, or leaves with an error, the others end too, with
+    a sentence that names it. A collective would not do: it may never return, or fail without a name.
+    """
 
     def __init__(self, device: str):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -141,8 +151,74 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            # Others wait while one process writes a checkpoint of many gigabytes: longer than NCCL's ten minutes.
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+            # For a process that lives but does not move. Of a dead one the watch knows within a minute.
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+            self.store, self.meetings, self.left = self.connect(), 0, threading.Event()
+            self.store.set(f"host of {self.rank}", socket.gethostname())
+            self.watcher = threading.Thread(target=self.watch, daemon=True)
+            self.watcher.start()
+
+    def connect(self) -> dist.Store:
+        """A connection, for one thread, to the store of small values that the machine of rank 0 keeps for all."""
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        return dist.PrefixStore(f"hytuning {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+    def watch(self):
+        """Give a sign of life every few seconds, and look for that of the next process and for reports of failure.
+
+        A thread, since the main one may wait in a collective for what will never come. Beats are counted and not
+        timed, so that a computer may sleep in between.
+        """
+        store, other, seen, missing = self.connect(), (self.rank + 1) % self.size, 0, 0
+        while not self.left.wait(BEAT):
+            alarm = threading.Timer(BEAT * SILENCE, self.end, ["the machine of rank 0 does not answer any more"])
+            alarm.daemon = True
+            alarm.start()
+            try:
+                store.add(f"beats of {self.rank}", 1)
+                beats = store.add(f"beats of {other}", 0)
+                seen, missing = beats, missing + 1 if beats == seen else 0
+                if missing > SILENCE:
+                    store.compare_set("failure", "", f"rank {other} on {store.get(f'host of {other}').decode()} gives no "
+                                                     "sign of life: its process or its machine died")
+                failure = store.get("failure").decode() if store.check(["failure"]) else ""
+            except RuntimeError:
+                failure = "the machine of rank 0 does not answer any more, or its processes have ended"
+            alarm.cancel()
+            if failure and not self.left.is_set():
+                self.end(failure)
+
+    def end(self, failure: str):
+        print(f"error (rank {self.rank}): ending, since {failure}", file=sys.stderr, flush=True)
+        os._exit(1)  # nothing milder ends a main thread that waits in a collective
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.size == 1:
+            return
+        if error is None:
+            self.meet()
+        elif kind is RuntimeError or isinstance(error, dist.DistError):  # maybe a collective that lost a process:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(BEAT * (SILENCE + 2))  # then the watch will say which, and end this one too
+        self.left.set()
+        self.watcher.join(BEAT)
+        if error is not None:
+            with contextlib.suppress(RuntimeError):  # the store may be gone as well
+                reason = next(iter(str(error).splitlines()), "")
+                self.store.compare_set("failure", "", f"rank {self.rank} has ended with {kind.__name__}: {reason}")
+
+    def meet(self):
+        """Wait for all processes, however long one of them writes: not in a collective, which would time out."""
+        if self.size > 1:
+            self.meetings += 1
+            name = f"meeting {self.meetings}"
+            self.store.add(name, 1)
+            while self.store.add(name, 0) < self.size:
+                time.sleep(0.05)
+            dist.barrier()  # so that nobody takes the store away from one who still looks
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all processes, the same in each."""
@@ -210,6 +286,15 @@ def response_cells(sequences: list[Sequence], device) -> tuple[Tensor, ...]:
     return torch.tensor(cells, dtype=torch.long, device=device).reshape(-1, 4).T.unbind()
 
 
+def make_optimizer(model: Decoder, settings: Settings, world: World):
+    """AdamW; with --zero each process keeps the moments of its share of the parameters and sends their new values."""
+    how = dict(lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    if settings.zero and world.size > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # a second to import, so only where it is asked for
+        return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.AdamW, **how)
+    return torch.optim.AdamW(model.parameters(), **how)
+
+
 class Trainer:
     """A run: the model, its data, and a step of the method. `extra_reward(prompt, response) -> float`, on
     texts, is added to each rollout's reward before its group is normalised."""
@@ -230,7 +315,7 @@ class Trainer:
         self.policy = Policy(self.model)
         if world.size > 1:
             self.policy = DistributedDataParallel(self.policy, gradient_as_bucket_view=True)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.optimizer = make_optimizer(self.model, s, world)
         self.reference = Policy(copy.deepcopy(self.model).requires_grad_(False)) if s.kl else None
         # Master weights stay in float32; sampling reads them twice as fast from a bfloat16 copy.
         self.sampler = self.model if self.dtype == torch.float32 else copy.deepcopy(self.model).to(self.dtype)
@@ -325,6 +410,7 @@ class Trainer:
         lam = self.weigh(rollouts, of_rollouts["count"], of_traces)
         losses, norm = self.update(rollouts * (lam > 0) + traces * (lam < 1), lam,
                                    of_traces["length"], of_rollouts["count"])
+        undecided = world.sum(torch.tensor(float(sum(abs(x.advantage) < 1e-3 for x in rollouts)), device=world.device))
         clock.append(self.now())
         self.done += 1
 
@@ -337,7 +423,8 @@ class Trainer:
                 "lambda": lam, "anchor": self.anchor, "prg_rollouts": mean(of_rollouts, "prg"),
                 "prg_traces": mean(of_traces, "prg"), "self_certainty": mean(of_rollouts, "certainty"),
                 "entropy": mean(of_rollouts, "entropy"), "response_length": mean(of_rollouts, "length"),
-                "answered": mean(of_rollouts, "complete"), "grad_norm": norm if math.isfinite(norm) else None,
+                "answered": mean(of_rollouts, "complete"),
+                "undecided": undecided.item() / of_rollouts["count"] if of_rollouts["count"] else None, "grad_norm": norm if math.isfinite(norm) else None,
                 "skipped": self.bad_steps, "tokens_per_second": of_rollouts["length"] / sum(seconds),
                 "seconds_sampling": seconds[0], "seconds_scoring": seconds[1], "seconds_update": seconds[2]}
 
@@ -485,49 +572,90 @@ class Trainer:
     # ------------------------------------------------------------------------------------ checkpoints
 
     def save(self):
-        """A checkpoint holds all that the rest of the run depends on; the last two are kept."""
-        if self.world.rank:
-            return
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.done,
-                 "anchor": self.anchor, "settings": asdict(self.settings)}
-        folder = Path(self.settings.out)
-        put(folder / f"checkpoint-{self.done:06d}.pt", lambda path: torch.save(state, path))
-        for old in sorted(folder.glob("checkpoint-*.pt"))[:-2]:
-            old.unlink()
+        """A checkpoint holds all that the rest of the run depends on, in one form for any number of processes, with
+        --zero or without; the last two are kept."""
+        if hasattr(self.optimizer, "consolidate_state_dict"):  # --zero: rank 0 collects the shares
+            self.optimizer.consolidate_state_dict(to=0)
+        if self.world.rank == 0:
+            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.done,
+                     "anchor": self.anchor, "settings": asdict(self.settings)}
+            put(checkpoint_path(self.settings, self.done), lambda path: torch.save(state, path))
+            for old in checkpoints(self.settings)[:-2]:
+                old.unlink()
+        self.world.meet()
 
     def restore(self) -> bool:
-        """Go on from the last checkpoint of --out; False if there is none."""
-        found = sorted(Path(self.settings.out).glob("checkpoint-*.pt"))
-        if not found:
+        """Go on from the newest checkpoint of --out that can be read; False if there is none. Rank 0 chooses."""
+        s, world, state = self.settings, self.world, None
+        if world.rank == 0:
+            state = newest_checkpoint(s, world)
+        step = world.sum(torch.tensor(state["step"] if state else 0, device=world.device)).item()
+        if not step:
             return False
-        try:
-            state = torch.load(found[-1], map_location="cpu", weights_only=True)  # never twice on the GPU
-            there = dict(state["settings"])
-        except Exception as error:  # whatever a file of unknown content makes torch raise
-            raise UsageError(f"{found[-1]} cannot be read as a checkpoint ({str(error).splitlines()[0]}): "
-                             "move it away to resume from the one before") from None
+        path = checkpoint_path(s, step)
+        if not path.is_file():
+            raise UsageError(f"{path}, from which rank 0 goes on, is not on {socket.gethostname()}: give an --out on a "
+                             "disk that all machines share")
+        state = state or read_checkpoint(path)
         free = {"steps", "out", "resume", "show", "device", "save_every", "eval", "max_eval", "eval_samples",
-                "tokens_per_batch", "rollouts_per_batch", "checkpoint_activations"}
-        changed = [f"--{k} {v} there, {getattr(self.settings, k, v)} here" for k, v in there.items()
-                   if k not in free and v != getattr(self.settings, k, v)]
+                "tokens_per_batch", "rollouts_per_batch", "checkpoint_activations", "zero"}
+        changed = [f"--{k} {v} there, {getattr(s, k, v)} here" for k, v in state["settings"].items()
+                   if k not in free and v != getattr(s, k, v)]
         if changed:
-            raise UsageError(f"{found[-1]} was made with other settings ({'; '.join(changed)}): use these, or "
-                             "another --out")
+            raise UsageError(f"{path} was made with other settings ({'; '.join(changed)}): use these, or another --out")
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.done, self.anchor = state["step"], state["anchor"]
+            self.done, self.anchor = step, state["anchor"]
         except (RuntimeError, ValueError, KeyError):
-            raise UsageError(f"{found[-1]} belongs to a model of another shape than {self.settings.model}: use another "
-                             "--out") from None
+            raise UsageError(f"{path} belongs to a model of another shape than {s.model}: use another --out") from None
         return True
+
+
+def checkpoint_path(settings: Settings, step: int) -> Path:
+    return Path(settings.out) / f"checkpoint-{step:06d}.pt"
+
+
+def checkpoints(settings: Settings) -> list[Path]:
+    """Those in --out, the newest last."""
+    return sorted(Path(settings.out).glob("checkpoint-[0-9]*.pt"))
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The content of a checkpoint, on the CPU: never twice on the GPU. Raises UsageError if it cannot be read."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state["settings"], dict) or path.name != f"checkpoint-{state['step']:06d}.pt":
+            raise ValueError("it does not hold what its name says")
+        return state
+    except Exception as error:  # whatever a file of unknown content makes torch raise
+        raise UsageError(f"{path} cannot be read as a checkpoint ({(str(error) or repr(error)).splitlines()[0]})"
+                         ) from None
+
+
+def newest_checkpoint(settings: Settings, world: World) -> dict | None:
+    """The content of the newest checkpoint that can be read; None where there is none at all."""
+    found, failures = checkpoints(settings), []
+    for path in reversed(found):
+        try:
+            return read_checkpoint(path)
+        except UsageError as error:
+            world.say(f"warning: {error}: going on from the one before")
+            failures.append(str(error))
+    if failures:
+        raise UsageError(f"{failures[0]}, nor any before it: move them away, or start anew without --resume")
+    return None
 
 
 # --------------------------------------------------------------------------------------------- the run
 
 def train(settings: Settings, extra_reward=None):
     """A whole run: evaluate, train, save, evaluate again."""
-    world = World(settings.device)
+    with World(settings.device) as world:
+        run(settings, world, extra_reward)
+
+
+def run(settings: Settings, world: World, extra_reward=None):
     if not settings.model:
         settings.model = str(build_toy(world))
         for name in ("labeled", "unlabeled", "eval"):
@@ -561,6 +689,7 @@ def train(settings: Settings, extra_reward=None):
             return world.say(f"stopped after step {trainer.done}; go on with --resume")
         if world.rank == 0:
             save_pretrained(trainer.model, out / "model")
+        world.meet()
     if trainer.held_out:
         examples = evaluate("final")
         print_table(world, results)
@@ -572,11 +701,15 @@ def train(settings: Settings, extra_reward=None):
 def learn(trainer: Trainer, out: Path) -> bool:
     """The steps that are left, logged and saved; False if SIGINT or SIGTERM ended them early."""
     settings, world, stop = trainer.settings, trainer.world, []
+    warn = Warnings(world)
     if world.rank == 0:
         log = open_log(out / "metrics.jsonl", trainer.done)
-        for old in [] if trainer.done else out.glob("checkpoint-*.pt"):  # of another run, not to be resumed by mistake
+        for old in [] if trainer.done else checkpoints(settings):  # of another run, not to be resumed by mistake
             world.say(f"removing {old}, since this run starts anew")
             old.unlink()
+        for half in out.glob("*.tmp"):
+            world.say(f"removing {half}, which a run that was killed left half written")
+            half.unlink()
 
     def stop_soon(number, frame):  # finish the step, save, leave; at once when asked twice
         if stop:
@@ -591,6 +724,7 @@ def learn(trainer: Trainer, out: Path) -> bool:
             if world.rank == 0:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
+            warn.about(line)
             bar.set_postfix_str(f"lambda {line['lambda']:.2f}, PRG {line['prg_rollouts'] or 0:.2f}")
             bar.update()
             stopping = world.sum(torch.tensor(float(bool(stop)), device=world.device)).item() > 0
@@ -599,6 +733,30 @@ def learn(trainer: Trainer, out: Path) -> bool:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return not stopping
+
+
+class Warnings:
+    """What the metrics say is going wrong, each once, with what to do."""
+    FLOOR, LONG = 0.01, 10  # nats per token; steps
+
+    def __init__(self, world: World):
+        self.world, self.said, self.collapsed = world, set(), 0
+
+    def about(self, line: dict):
+        """Look at a line of metrics.jsonl, in which what describes rollouts is None where there are none."""
+        if line["answered"] == 0:
+            self.once("unanswered", f"no rollout of step {line['step']} ends by itself with a readable answer, so all "
+                      "have PRG -1: raise --max_new_tokens, or let --method rd teach the form first")
+        floor = line["entropy"] is not None and (line["entropy"] < self.FLOOR or line["response_length"] < 2)
+        self.collapsed = self.collapsed + 1 if floor else 0
+        if self.collapsed == self.LONG:
+            self.once("collapsed", f"collapse: for {self.LONG} steps entropy ({line['entropy']:.4f} nats a token) or "
+                      f"length ({line['response_length']:.0f} tokens) of responses has been at its floor: lower --lr")
+
+    def once(self, what: str, sentence: str):
+        if what not in self.said:
+            self.said.add(what)
+            self.world.say(f"warning: {sentence}")
 
 
 def open_log(path: Path, steps: int):
@@ -649,17 +807,20 @@ def build_toy(world: World, folder=Path("out/toy")) -> Path:
             os.replace(temporary, folder)
         except OSError:  # another run has built it meanwhile
             shutil.rmtree(temporary)
-    if world.size > 1:
-        dist.barrier()
+    world.meet()
     return folder
 
 
 def main():
+    rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
         train(parse_arguments())
     except (CheckpointError, data.DataError, UsageError, OSError) as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
+        print(f"error{rank}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"error{rank}: {str(error).splitlines()[0]} Lower --tokens_per_batch or --rollouts_per_batch, or use "
+              "--checkpoint_activations or --zero", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
