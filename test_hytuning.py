@@ -11,6 +11,7 @@ import math
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -27,6 +28,7 @@ from hytuning import (adaptive_weights, distillation_loss, entropy, group_advant
                       over_vocabulary, rlif_loss, self_certainty, token_logprobs)
 from model import CheckpointError, Config, Decoder, generate, load_pretrained, save_pretrained
 from prg import Trace, answer_support, auroc, brier_score, expected_calibration_error, progressive_reasoning_gain
+from train import Warnings
 
 try:
     from hypothesis import given, settings, strategies as st
@@ -949,21 +951,224 @@ def test_a_resumed_run_equals_an_uninterrupted_one(toy_run):
     assert refused.returncode == 2 and "--lr" in refused.stderr
 
 
-@pytest.mark.parametrize("numbers", [(3, 4, 5), (1, 3, 1)], ids=["uneven", "a process with nothing to do"])
-def test_two_processes_make_the_update_of_one(toy_run, numbers):
-    """Two updates a batch with clipping and KL, since on policy the RLIF loss is 0 and could not differ."""
-    cwd, out = toy_run[0], f"out/processes-{numbers[0]}"
-    names = ("--queries_per_step", "--group_size", "--traces_per_step")
-    arguments = [*SMALL, "--steps", 3, "--dtype", "float32", "--updates_per_batch", 2, "--clip", 0.2, "--kl", 0.1,
-                 *(x for pair in zip(names, numbers) for x in pair)]
-    lines, weights = trained(cwd, f"{out}-1", *arguments)
-    lines_of_two, weights_of_two = trained(cwd, f"{out}-2", *arguments, processes=2)
-    for a, b in zip(lines, lines_of_two, strict=True):
-        for key in ("loss", "loss_rd", "loss_rlif", "lambda", "anchor", "prg_rollouts", "grad_norm"):
-            close(a[key], b[key], 1e-4 if key == "grad_norm" else 1e-5)
-    assert abs(lines[-1]["loss_rlif"]) > 1e-6
-    for name in weights:
-        close(weights[name], weights_of_two[name], 1e-4)
+# ------------------------------------------------------------------------------- several processes, faults
+
+# Does the runs of its first argument, [[class of trainer, command line], ...], one after the other in one set of
+# processes, and then what train.py does with an error.
+DRIVER = """
+import hashlib, json, os, signal, sys, time
+import torch, train
+
+class Hashed(train.Trainer):  # notes a hash of all weights after each step, in each process
+    def step(self):
+        line = super().step()
+        with open(f"{self.settings.out}-{self.world.rank}.hashes", "a") as file:
+            weights = b"".join(p.detach().numpy().tobytes() for p in self.model.parameters())
+            print(hashlib.sha256(weights).hexdigest(), file=file)
+        return line
+
+class Disarmed(Hashed):  # the classic mistake: the loss goes through .module, and DDP exchanges nothing
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        inside, inside.no_sync = self.policy.module, self.policy.no_sync
+        self.policy = inside
+
+def at_step_3(fault, everywhere):
+    class Faulty(train.Trainer):
+        def step(self):
+            if self.done == 3 and (everywhere or self.world.rank):
+                fault()
+            return super().step()
+    return Faulty
+
+def fail():
+    raise train.UsageError("what was asked for cannot be")
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class KilledWhileWriting(train.Trainer):
+    def save(self):
+        def put(path, write):
+            write(path.with_name(path.name + ".7.tmp"))
+            os.truncate(path.with_name(path.name + ".7.tmp"), 1000)
+            die()
+        train.put = put
+        super().save()
+
+Killed, RankKilled, RankFails = at_step_3(die, True), at_step_3(die, False), at_step_3(fail, False)
+RankFrozen = at_step_3(lambda: os.kill(os.getpid(), signal.SIGSTOP), False)
+
+def all_runs(_):
+    with train.World("cpu") as world:
+        for trainer, arguments in runs:
+            train.Trainer = globals()[trainer]
+            train.run(train.parse_arguments(arguments), world)
+
+runs, train.BEAT, train.train = json.loads(sys.argv.pop()), 0.5, all_runs
+train.main()
+"""
+
+
+def drive(cwd, *runs, processes=1, status=0):
+    """The runs (trainer, out, arguments...) in one set of processes, which must end with this status (-1: not 0)."""
+    (cwd / "driver.py").write_text(DRIVER)
+    runs = [(trainer, ["--device", "cpu", "--out", out, *map(str, rest)]) for trainer, out, *rest in runs]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run([sys.executable, *torchrun * (processes > 1), "driver.py", json.dumps(runs)], cwd=cwd,
+                          env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == status or status == -1 and done.returncode, done.stderr
+    return done
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+
+
+def outcome(cwd, out) -> tuple[list[dict], dict]:
+    lines = [json.loads(line) for line in (cwd / out / "metrics.jsonl").read_text().splitlines()]
+    return lines, load_file(cwd / out / "model" / "model.safetensors")
+
+
+def batches(queries, group, traces):
+    return [*SMALL, "--dtype", "float32", "--queries_per_step", queries, "--group_size", group, "--traces_per_step", traces]
+
+
+# Two updates a batch with clipping and KL, since on policy the RLIF loss is 0 and could not differ.
+UNEVEN = [*batches(3, 4, 5), "--updates_per_batch", 2, "--clip", 0.2, "--kl", 0.1, "--save_every", 2, "--steps", 5]
+IDLE = [*batches(1, 3, 1), "--steps", 3]
+
+
+@pytest.fixture(scope="module")
+def worlds(toy_run):
+    """The same runs by 2, 4 and 1 processes: uneven shares, nothing to do for some, and the moments in shares, of
+    which 4 processes and 1 resume from a checkpoint that 2 have written."""
+    cwd = toy_run[0]
+
+    def copied(out):
+        (cwd / out).mkdir()
+        shutil.copy(cwd / "out/zero-2/checkpoint-000004.pt", cwd / out)
+        return out
+
+    def of(processes):
+        return [("Hashed", f"out/uneven-{processes}", *UNEVEN), ("Hashed", f"out/idle-{processes}", *IDLE)]
+    drive(cwd, *of(2), ("Hashed", "out/zero-2", "--zero", *UNEVEN), ("Disarmed", "out/disarmed-2", *UNEVEN), processes=2)
+    drive(cwd, *of(4), ("Hashed", copied("out/zero-4"), "--zero", "--resume", *UNEVEN), processes=4)
+    drive(cwd, *of(1), ("Hashed", copied("out/zero-1"), "--zero", "--resume", *UNEVEN))
+    return cwd
+
+
+def hashes(cwd, out, processes) -> list[list[str]]:
+    return [(cwd / f"{out}-{rank}.hashes").read_text().split() for rank in range(processes)]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name", ["uneven", "idle"])
+def test_any_number_of_processes_makes_the_updates_of_one(worlds, name, processes):
+    lines, weights = outcome(worlds, f"out/{name}-1")
+    theirs, their_weights = outcome(worlds, f"out/{name}-{processes}")
+    for a, b in zip(lines, theirs, strict=True):
+        for key in ("loss", "loss_rd", "loss_rlif", "lambda", "anchor", "prg_rollouts", "answered", "undecided"):
+            close(a[key], b[key], 1e-5)
+        close(a["grad_norm"], b["grad_norm"], 1e-4)
+    assert name == "idle" or abs(lines[-1]["loss_rlif"]) > 1e-6
+    for tensor in weights:
+        close(weights[tensor], their_weights[tensor], 1e-5)
+
+
+@pytest.mark.parametrize("out, steps", [("out/uneven-2", 5), ("out/uneven-4", 5), ("out/idle-2", 3), ("out/idle-4", 3),
+                                        ("out/zero-2", 5)])
+def test_all_processes_hold_the_same_weights_after_every_step(worlds, out, steps):
+    first, *others = hashes(worlds, out, int(out[-1]))
+    assert len(set(first)) == steps, "a step changes the weights"
+    assert all(other == first for other in others)
+
+
+def test_a_loss_that_goes_round_ddp_is_seen(worlds):
+    """What the test above would say if DDP were not armed."""
+    first, second = hashes(worlds, "out/disarmed-2", 2)
+    assert len(first) == 5 and not set(first) & set(second)
+
+
+def test_moments_in_shares_change_nothing_and_any_number_of_processes_resumes(worlds):
+    weights = outcome(worlds, "out/uneven-2")[1]
+    for out, tolerance in (("out/zero-2", 1e-6), ("out/zero-4", 1e-5), ("out/zero-1", 1e-5)):
+        lines, found = outcome(worlds, out)
+        assert lines[-1]["step"] == 5
+        for tensor in weights:
+            close(found[tensor], weights[tensor], tolerance)
+    kept = [torch.load(worlds / out / "checkpoint-000005.pt", weights_only=True) for out in ("out/uneven-2", "out/zero-2")]
+    close(*(state["optimizer"]["state"][0]["exp_avg"] for state in kept))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(worlds, processes):
+    """Killed between checkpoints, killed while it writes one, its newest one damaged: bit for bit the same weights."""
+    out, expected = f"out/killed-{processes}", outcome(worlds, f"out/uneven-{processes}")
+    folder, how = worlds / out, dict(processes=processes)
+    drive(worlds, ("Killed", out, *UNEVEN), status=-1, **how)
+    assert [path.name for path in folder.glob("checkpoint*")] == ["checkpoint-000002.pt"]
+    if processes == 1:
+        drive(worlds, ("KilledWhileWriting", out, "--resume", *UNEVEN), status=-1)
+        assert sorted(path.name for path in folder.glob("checkpoint*")) == [
+            "checkpoint-000002.pt", "checkpoint-000004.pt.7.tmp"]
+        (folder / "checkpoint-000004.pt").write_bytes((folder / "checkpoint-000004.pt.7.tmp").read_bytes())
+    done = drive(worlds, ("Hashed", out, "--resume", *UNEVEN), **how)
+    assert "resuming after step 2" in done.stdout
+    assert ("checkpoint-000004.pt cannot be read" in done.stdout) == (processes == 1)
+    assert not list(folder.glob("*.tmp")), "half files are removed"
+    lines, weights = outcome(worlds, out)
+    assert all(torch.equal(weights[name], expected[1][name]) for name in weights)
+    assert [line["loss"] for line in lines] == [line["loss"] for line in expected[0]]
+
+
+def test_nothing_to_resume_from_that_can_be_read(worlds):
+    (worlds / "out/damaged").mkdir()
+    (worlds / "out/damaged/checkpoint-000004.pt").write_bytes(b"PK")
+    done = drive(worlds, ("Hashed", "out/damaged", "--resume", *UNEVEN), status=2)
+    assert "checkpoint-000004.pt cannot be read" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("trainer, status, named", [
+    ("RankFrozen", None, "rank 1 on "), ("RankKilled", -9, "rank 1 on "),
+    ("RankFails", 2, "rank 1 has ended with UsageError: what was asked for cannot be"),
+    ("Hashed", 2, "rank 1 has ended with UsageError: ")])
+def test_a_process_that_dies_or_fails_ends_the_others_by_name(worlds, tmp_path, trainer, status, named):
+    """Two processes as on two machines, with nobody to look after both: the second is frozen (as if its machine were
+    unplugged: nothing tells the first), killed, ends with an error, or has no checkpoint on its own disk."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shutil.copytree(worlds / "out/toy", tmp_path / "out/toy")
+    out, processes = "out/zero-2" if trainer == "Hashed" else "out/faulty", []
+    arguments = ["--device", "cpu", "--out", out, *map(str, UNEVEN), *["--resume"] * (trainer == "Hashed")]
+    for rank, cwd in enumerate((worlds, tmp_path)):
+        environment = dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        processes.append(subprocess.Popen(
+            [sys.executable, worlds / "driver.py", json.dumps([(trainer, arguments)])], cwd=cwd, text=True,
+            env={**ENVIRONMENT, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    try:
+        first = processes[0].communicate(timeout=300)[1]
+        assert processes[0].returncode == 1
+        assert "error (rank 0): ending, since " + named in first.splitlines()[-1]
+        if status is not None:
+            second = processes[1].communicate(timeout=300)[1]
+            assert processes[1].returncode == status
+            assert status < 0 or second.splitlines()[-1].startswith("error (rank 1): ")
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_what_goes_wrong_is_said_once():
+    said = []
+    world = type("World", (), {"say": said.append})
+    warnings, fine = Warnings(world), {"step": 1, "answered": 0.5, "entropy": 1.0, "response_length": 9.0}
+    for line in [fine] * 20 + [{**fine, "entropy": 0.0}] * 9 + [fine, dict.fromkeys(fine)] * 9:
+        warnings.about(line)
+    assert not said, "a floor for a short time, no rollouts at all: no reason to speak"
+    for line in [{**fine, "entropy": 0.0}] * 30 + [fine] + [{**fine, "response_length": 1.0}] * 30 + [{**fine, "answered": 0}] * 3:
+        warnings.about(line)
+    assert len(said) == 2 and "--lr" in said[0] and "--max_new_tokens" in said[1]
 
 
 @pytest.mark.parametrize("arguments, named", [
