@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import data
 import model as decoder
+import train
 from hytuning import (adaptive_weights, distillation_loss, entropy, group_advantages, hytuning_loss,
                       over_vocabulary, rlif_loss, self_certainty, token_logprobs)
 from model import CheckpointError, Config, Decoder, generate, load_pretrained, save_pretrained
@@ -518,7 +520,7 @@ BROKEN = {  # what happens to the folder, and what the message must name
     "a key renamed": (lambda f: edit_weights(f, lambda t: t.update({"x.weight": t.popitem()[1]})), "x.weight"),
     "a key missing": (lambda f: edit_weights(f, lambda t: t.popitem()), "checkpoint"),
     "a wrong shape": (lambda f: edit_weights(f, lambda t: t.update({k: v[1:].clone() for k, v in t.items()})),
-                      "model-0000"),
+                      "size mismatch for "),
     "foreign tokenizer": (write("tokenizer.json", '{"model": {"vocab": {"a": 61}}}'), "tokenizer.json"),
     "tokenizer not one": (write("tokenizer.json", "{}"), "tokenizer.json")}
 
@@ -1181,3 +1183,31 @@ def test_a_bad_command_line_ends_with_one_line(toy_run, arguments, named):
     assert done.returncode == 2
     error, = done.stderr.splitlines()
     assert error.startswith("error:") and named in error
+
+
+# ---------------------------------------------------------------------------------------------- README
+
+README = Path(__file__).with_name("README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["prg.py", "hytuning.py", "data.py", "model.py"])
+def test_a_piece_works_alone(name, toy_run, tmp_path):
+    """The README's example, as printed, in a folder with that one file and a checkpoint."""
+    example = README.split(f"```python\n# {name}\n")[1].split("```")[0]
+    if "transformers" in example:
+        transformers()
+    shutil.copytree(toy_run[0] / "out/run/model", tmp_path / "checkpoint")
+    shutil.copy(Path(__file__).with_name(name), tmp_path)
+    done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.')\n{example}"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_the_commands_of_the_readme_have_the_options_that_exist():
+    """Its runs on eight GPUs cannot be tried here, but a misspelt or removed option would be seen."""
+    commands = re.findall(r"train\.py((?: +(?:\\\n)?[^\s`#&]+)*)", README)
+    assert sum("--model" in c for c in commands) >= 2
+    for command in commands:
+        words = command.replace("\\", "").replace("METHOD", "hytuning").replace("SEED", "0").split()
+        if "--help" not in words:
+            train.parse_arguments(words)
