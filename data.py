@@ -8,6 +8,7 @@ This file imports nothing of the project, so it can be taken alone. Next to read
 
 SPDX-License-Identifier: MIT
 """
+import contextlib
 import json
 import re
 from fractions import Fraction
@@ -92,13 +93,9 @@ class Text:
     """
 
     def __init__(self, folder, eos_ids=(), marker: str = MARKER, max_steps: int = 16):
-        path = Path(folder) / "tokenizer.json"
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except BaseException as error:  # the Rust library panics on some broken files
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise DataError(f"{path} cannot be read as a tokenizer ({error}): download it again") from None
+        self.path = Path(folder) / "tokenizer.json"
+        with errors_named(f"{self.path} cannot be read as a tokenizer"):
+            self.tokenizer = Tokenizer.from_file(str(self.path))
         self.tokenizer.no_padding(), self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True  # a "<|im_end|>" in somebody's question is text
         self.marker, self.max_steps = marker, max_steps
@@ -110,15 +107,17 @@ class Text:
             raise DataError(f"{folder} names no end token: set eos_token_id in its generation_config.json")
         self.end, self.ends = end, {end, *eos_ids}
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, around: bool = False) -> list[int]:
+        """Token ids of a text; `around`: with what the tokenizer itself puts before and after it."""
+        with errors_named(f"{self.path} fails on a text"):
+            return self.tokenizer.encode(text, add_special_tokens=around).ids
 
     def prompt(self, question: str) -> list[int]:
         """Token ids of a question with the instruction, up to where the response begins."""
         asked = f"{question}\n{INSTRUCTION.format(marker=self.marker)}"
         if self.pieces is None:  # plain text, after whatever the tokenizer itself puts first
-            ids = self.tokenizer.encode(asked + "\n").ids
-            return ids[:-1] if ids[-1] == self.end else ids
+            ids = self.encode(asked + "\n", around=True)
+            return ids[:-1] if ids[-1:] == [self.end] else ids
         return [i for piece in self.pieces for i in ([self.special[piece]] if piece in self.special
                                                      else self.encode(piece.replace("{}", asked)))]
 
@@ -166,6 +165,17 @@ class Text:
         return text, ends + [len(text)] * waiting
 
 
+@contextlib.contextmanager
+def errors_named(sentence: str):
+    """DataError for whatever the tokenizers library raises on a broken file: a bare Exception, or a Rust panic."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise DataError(f"{sentence} ({' '.join(str(error).split())[:200]}): download it again") from None
+
+
 def token_at(ends: list[int], offset: int) -> int:
     """The index of the token that holds the character at offset."""
     return next(i for i, end in enumerate(ends) if end > offset)
@@ -187,7 +197,7 @@ def read_jsonl(path, limit: int = 0) -> list[tuple[int, dict]]:
     for number, line in enumerate(lines, 1):
         if line.strip() and not 0 < limit <= len(records):
             try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), parse_constant=no_number)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path} line {number} is not JSON ({error}): write one JSON object a line") from None
             if not isinstance(record, dict):
@@ -196,6 +206,10 @@ def read_jsonl(path, limit: int = 0) -> list[tuple[int, dict]]:
     if not records:
         raise DataError(f"{path} is empty: write one JSON object a line")
     return records
+
+
+def no_number(name: str):
+    raise ValueError(f"{name} is no value")  # NaN stands for a missing one where a table was exported
 
 
 def text_field(record: dict, names: tuple[str, ...], where: str) -> str:
@@ -225,7 +239,7 @@ def solution_of(record: dict, where: str) -> tuple[str, str]:
     answer = text_field(record, ("answer",), where)
     reasoning = text_field(record, ("reasoning",), where) if "reasoning" in record else ""
     if "reasoning" not in record and "####" in answer:
-        reasoning, _, answer = (part.strip() for part in re.sub(r"<<.*?>>", "", answer).rpartition("####"))
+        reasoning, _, answer = (part.strip() for part in re.sub(r"<<[^<>]*>>", "", answer).rpartition("####"))
     if not answer or "\n" in answer:
         raise DataError(f"{where}: the answer is {'empty' if not answer else 'longer than one line'}: give one line")
     return reasoning, answer

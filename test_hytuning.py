@@ -1032,7 +1032,8 @@ def outcome(cwd, out) -> tuple[list[dict], dict]:
 
 
 def batches(queries, group, traces):
-    return [*SMALL, "--dtype", "float32", "--queries_per_step", queries, "--group_size", group, "--traces_per_step", traces]
+    return [*SMALL, "--dtype", "float32", "--queries_per_step", queries, "--group_size", group,
+            "--traces_per_step", traces]
 
 
 # Two updates a batch with clipping and KL, since on policy the RLIF loss is 0 and could not differ.
@@ -1053,7 +1054,8 @@ def worlds(toy_run):
 
     def of(processes):
         return [("Hashed", f"out/uneven-{processes}", *UNEVEN), ("Hashed", f"out/idle-{processes}", *IDLE)]
-    drive(cwd, *of(2), ("Hashed", "out/zero-2", "--zero", *UNEVEN), ("Disarmed", "out/disarmed-2", *UNEVEN), processes=2)
+    drive(cwd, *of(2), ("Hashed", "out/zero-2", "--zero", *UNEVEN), ("Disarmed", "out/disarmed-2", *UNEVEN),
+          processes=2)
     drive(cwd, *of(4), ("Hashed", copied("out/zero-4"), "--zero", "--resume", *UNEVEN), processes=4)
     drive(cwd, *of(1), ("Hashed", copied("out/zero-1"), "--zero", "--resume", *UNEVEN))
     return cwd
@@ -1098,7 +1100,8 @@ def test_moments_in_shares_change_nothing_and_any_number_of_processes_resumes(wo
         assert lines[-1]["step"] == 5
         for tensor in weights:
             close(found[tensor], weights[tensor], tolerance)
-    kept = [torch.load(worlds / out / "checkpoint-000005.pt", weights_only=True) for out in ("out/uneven-2", "out/zero-2")]
+    kept = [torch.load(worlds / f"out/{name}-2/checkpoint-000005.pt", weights_only=True)
+            for name in ("uneven", "zero")]
     close(*(state["optimizer"]["state"][0]["exp_avg"] for state in kept))
 
 
@@ -1168,7 +1171,8 @@ def test_what_goes_wrong_is_said_once():
     for line in [fine] * 20 + [{**fine, "entropy": 0.0}] * 9 + [fine, dict.fromkeys(fine)] * 9:
         warnings.about(line)
     assert not said, "a floor for a short time, no rollouts at all: no reason to speak"
-    for line in [{**fine, "entropy": 0.0}] * 30 + [fine] + [{**fine, "response_length": 1.0}] * 30 + [{**fine, "answered": 0}] * 3:
+    floor, short, unanswered = ({**fine, name: 0.0} for name in ("entropy", "response_length", "answered"))
+    for line in [floor] * 30 + [fine] + [short] * 30 + [unanswered] * 3:
         warnings.about(line)
     assert len(said) == 2 and "--lr" in said[0] and "--max_new_tokens" in said[1]
 

@@ -179,8 +179,9 @@ class World:
                 beats = store.add(f"beats of {other}", 0)
                 seen, missing = beats, missing + 1 if beats == seen else 0
                 if missing > SILENCE:
-                    store.compare_set("failure", "", f"rank {other} on {store.get(f'host of {other}').decode()} gives no "
-                                                     "sign of life: its process or its machine died")
+                    host = store.get(f"host of {other}").decode()
+                    store.compare_set("failure", "", f"rank {other} on {host} gives no sign of life: its process or "
+                                                     "its machine died")
                 failure = store.get("failure").decode() if store.check(["failure"]) else ""
             except RuntimeError:
                 failure = "the machine of rank 0 does not answer any more, or its processes have ended"
@@ -338,8 +339,8 @@ class Trainer:
                              f"{s.model}: choose another --marker")
         for name, count in skipped.items():
             if count:
-                self.world.say(f"--{name} {getattr(s, name)}: {count} records skipped, longer than --max_prompt_tokens or "
-                               "--max_new_tokens")
+                self.world.say(f"--{name} {getattr(s, name)}: {count} records skipped, longer than --max_prompt_tokens "
+                               "or --max_new_tokens")
 
     def amp(self):
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -424,7 +425,8 @@ class Trainer:
                 "prg_traces": mean(of_traces, "prg"), "self_certainty": mean(of_rollouts, "certainty"),
                 "entropy": mean(of_rollouts, "entropy"), "response_length": mean(of_rollouts, "length"),
                 "answered": mean(of_rollouts, "complete"),
-                "undecided": undecided.item() / of_rollouts["count"] if of_rollouts["count"] else None, "grad_norm": norm if math.isfinite(norm) else None,
+                "undecided": undecided.item() / of_rollouts["count"] if of_rollouts["count"] else None,
+                "grad_norm": norm if math.isfinite(norm) else None,
                 "skipped": self.bad_steps, "tokens_per_second": of_rollouts["length"] / sum(seconds),
                 "seconds_sampling": seconds[0], "seconds_scoring": seconds[1], "seconds_update": seconds[2]}
 
@@ -813,6 +815,8 @@ def build_toy(world: World, folder=Path("out/toy")) -> Path:
 
 def main():
     rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    for stream in (sys.stdout, sys.stderr):  # a character that the terminal does not know must not end a run
+        stream.reconfigure(errors="backslashreplace")
     try:
         train(parse_arguments())
     except (CheckpointError, data.DataError, UsageError, OSError) as error:
