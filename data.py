@@ -161,7 +161,8 @@ class Text:
             waiting += 1
             if piece is not None:
                 text += piece
-                ends, waiting = ends + [len(text)] * waiting, 0
+                ends += [len(text)] * waiting
+                waiting = 0
         return text, ends + [len(text)] * waiting
 
 

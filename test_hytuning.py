@@ -953,6 +953,137 @@ def test_a_resumed_run_equals_an_uninterrupted_one(toy_run):
     assert refused.returncode == 2 and "--lr" in refused.stderr
 
 
+# --------------------------------------------------------------------------------------------- hostile files
+
+# Values that a hostile or broken file may hold, and pieces of bytes.
+ODD_VALUES = [None, True, False, 0, -1, 3, 0.5, 2**31, 2**63, -10**30, 10**400, 1e308, math.nan, math.inf, "", "32",
+              "\0", "\ud800", "é漢🙂", "9" * 300, [], [None], [[]], {}, {"a": {"b": [1]}}]
+ODD_BYTES = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b"}", b'"', b"\\ud800", b"\r", b"\x85", b"NaN", b"1e999",
+             b"[" * 3000]
+ODD_FILES = [b"", b"\0" * 99, b"\n\n", b"null", b'"' + b"x" * 10**7 + b'"', b"[" * 10**6, b'{"prompt":' * 10**5,
+             b'{"prompt": ' + b"9" * 9999 + b"}", b'{"prompt": "a", "answer": "' + b"<<" * 10**5 + b' #### 1"}',
+             '{"prompt": "a\u2028b", "reasoning": "x\u2028y\u0085z", "answer": "1\u20282"}'.encode(),
+             b'{"prompt": "a", "reasoning": "Answer: 3\\nAnswer:", "answer": "Answer: x"}']
+
+
+def places(value):
+    """(container, key) of everything inside a JSON value."""
+    for key, inside in list(value.items() if isinstance(value, dict) else enumerate(value)):
+        yield value, key
+        if isinstance(inside, (dict, list)):
+            yield from places(inside)
+
+
+def broken_json(content: bytes, rng) -> bytes:
+    """The same JSON with a few values removed, renamed or replaced by odd ones."""
+    value = json.loads(content)
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        container, key = rng.choice([*places(value)] or [([0], 0)])
+        how = rng.random()
+        if how < 0.2:
+            del container[key]
+        elif how < 0.3 and isinstance(container, dict):
+            container["x" + key] = container.pop(key)
+        else:
+            container[key] = json.loads(json.dumps(rng.choice([*ODD_VALUES, [container[key]]])))
+    return json.dumps(value).encode()
+
+
+def broken_bytes(content: bytes, rng) -> bytes:
+    """Cut off, with bytes changed, inserted, left out, said twice, or in another encoding."""
+    for _ in range(rng.choice([1, 2, 8])):
+        a = rng.randrange(len(content) + 1)
+        b = a + rng.randrange(1, 40)
+        content = rng.choice([
+            lambda: content[:a], lambda: content[:a] + content[b:], lambda: content[:b] + content[a:],
+            lambda: content[:a] + rng.randbytes(b - a) + content[b:],
+            lambda: content[:a] + rng.choice(ODD_BYTES) + content[a:],
+            lambda: content.decode(errors="replace").encode(rng.choice(["utf-16", "utf-8-sig", "cp037"]), "replace")])()
+    return content
+
+
+RECORDS = b"""{"prompt": "why 1 suggests?", "reasoning": "one\\ntwo", "answer": "18"}
+{"question": "And?", "answer": "9+9=<<9+9=18>>18\\n#### 18"}
+"""
+
+
+def read_records(path, text):
+    """Each loader on the file, and each supervised trace cut into steps."""
+    for load in (lambda: data.load_labeled(path, text, 512, 512), lambda: data.load_unlabeled(path, text, 512),
+                 lambda: data.load_eval(path, text, 512)):
+        try:
+            records, _ = load()
+        except data.DataError as error:
+            yield str(error)
+            continue
+        for prompt, response in (record for record in records if len(record) == 2 and isinstance(record, tuple)):
+            tokens, _, _, tail = text.parse(prompt, response)
+            assert tokens + tail == prompt + response
+
+
+def use_folder(folder):
+    """What a run does with a checkpoint: load, encode, sample, cut into steps, save, load again."""
+    try:
+        model = load_pretrained(folder)
+        text = data.Text(folder, model.eos_ids)
+        prompt = text.prompt("1 suggests")
+        if not prompt or max(prompt) < model.config.vocab_size:
+            [[response]] = generate(model, [prompt], max_new_tokens=2, eos_ids=text.ends)
+            text.parse(prompt, response)
+            save_pretrained(model, folder.with_name("saved"))
+            load_pretrained(folder.with_name("saved"))
+    except (CheckpointError, data.DataError) as error:
+        yield str(error)
+
+
+def test_hostile_files_end_in_a_result_or_in_one_sentence(tmp_path, toy):
+    """550 of them from a fixed seed: records, config, tokenizer, generation config, weights."""
+    rng, names = random.Random(0), ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors"]
+    model, sentences, results = tiny(vocab=224), 0, 0
+    good, bad, lines = tmp_path / "good", tmp_path / "bad, é 漢", tmp_path / "lines é.jsonl"
+    model.files = {"tokenizer.json": (toy[0] / "tokenizer.json").read_bytes(),
+                   "generation_config.json": json.dumps({"eos_token_id": toy[1].end}).encode()}
+    save_pretrained(model, good)
+    assert not [*use_folder(good)], "what is broken must be whole at first"
+    for case in range(550):
+        if case < 200:
+            files = [broken_bytes(RECORDS, rng), b"\n".join(broken_json(x, rng) for x in RECORDS.splitlines()),
+                     *ODD_FILES]
+            lines.write_bytes(files[case % 2] if case >= len(files) else files[case])
+            said = [*read_records(lines, toy[1])]
+        else:
+            name = names[case % 4]
+            shutil.rmtree(bad, ignore_errors=True)
+            shutil.copytree(good, bad)
+            broken = broken_bytes if case % 3 == 0 or name == "model.safetensors" else broken_json
+            (bad / name).write_bytes(broken((good / name).read_bytes(), rng))
+            said = [*use_folder(bad)]
+        assert all(sentence and "\n" not in sentence for sentence in said), (case, said)
+        sentences, results = sentences + bool(said), results + (not said)
+    assert sentences > 100 and results > 50, "some are still good, or nothing was told apart"
+
+
+def test_a_folder_of_any_name(toy_run, tmp_path):
+    """Spaces, other scripts; a damaged file in it, or a name that is no text, ends with status 2 and one line."""
+    def outcome_in(folder):
+        return run(tmp_path, "--eval_only", "--model", folder, "--eval", folder / "eval.jsonl", "--max_prompt_tokens", 64,
+                   "--out", folder / "out", *SMALL)
+    folder, no_text = tmp_path / "a b é 漢", tmp_path / os.fsdecode(b"\xff")
+    for copy in (folder, no_text):
+        shutil.copytree(toy_run[0] / "out/toy", copy)
+    failures = {no_text / "model.safetensors": outcome_in(no_text)}
+    for name in ("eval.jsonl", "tokenizer.json", "model.safetensors"):
+        path, whole = folder / name, (folder / name).read_bytes()
+        path.write_bytes(b"{" + whole[len(whole) // 2:])
+        failures[path] = outcome_in(folder)
+        path.write_bytes(whole)
+    for path, done in failures.items():
+        error, = done.stderr.splitlines()
+        assert done.returncode == 2 and error.startswith("error: ") and path.name in error
+    done = outcome_in(folder)
+    assert done.returncode == 0 and (folder / "out/eval.json").is_file(), done.stderr
+
+
 # ------------------------------------------------------------------------------- several processes, faults
 
 # Does the runs of its first argument, [[class of trainer, command line], ...], one after the other in one set of
