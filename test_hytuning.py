@@ -1066,8 +1066,8 @@ def test_hostile_files_end_in_a_result_or_in_one_sentence(tmp_path, toy):
 def test_a_folder_of_any_name(toy_run, tmp_path):
     """Spaces, other scripts; a damaged file in it, or a name that is no text, ends with status 2 and one line."""
     def outcome_in(folder):
-        return run(tmp_path, "--eval_only", "--model", folder, "--eval", folder / "eval.jsonl", "--max_prompt_tokens", 64,
-                   "--out", folder / "out", *SMALL)
+        return run(tmp_path, "--eval_only", "--model", folder, "--eval", folder / "eval.jsonl",
+                   "--max_prompt_tokens", 64, "--out", folder / "out", *SMALL)
     folder, no_text = tmp_path / "a b é 漢", tmp_path / os.fsdecode(b"\xff")
     for copy in (folder, no_text):
         shutil.copytree(toy_run[0] / "out/toy", copy)
