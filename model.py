@@ -13,6 +13,7 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -205,7 +206,7 @@ class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         d, qkv_bias = c.head_dim, c.attention_bias or c.qkv_bias
-        self.head_dim, self.groups = d, c.num_attention_heads // c.num_key_value_heads
+        self.head_dim = d
         self.q_proj = Linear(c.hidden_size, c.num_attention_heads * d, bias=qkv_bias)
         self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * d, bias=qkv_bias)
         self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * d, bias=qkv_bias)
@@ -213,25 +214,25 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = nn.RMSNorm(d, c.rms_norm_eps), nn.RMSNorm(d, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, keys_values=None):
-        """x [B, T, hidden] -> the same shape. mask [B or 1, 1, T, S] bool, None for causal.
-
-        `keys_values(k, v)` stores the new keys and values [B, H_kv, T, d] and returns all S of them.
-        """
+    def forward(self, x, cos, sin, mask, attend):
+        """x [B, T, hidden] -> the same shape. `attend` as `attention` below, or what a cache makes of it."""
         B, T, _ = x.shape
         q, k, v = (proj(x).reshape(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             exact = self.q_norm.weight.dtype  # float32 under autocast, as all the other norms have it
             q, k = self.q_norm(q.to(exact)), self.k_norm(k.to(exact))
         q, k, v = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
-        if keys_values is not None:
-            k, v = keys_values(k, v)
-        if T == 1:  # the query heads that share a key head become its queries: nothing is copied
-            q = q.reshape(B, -1, self.groups, self.head_dim)
-        else:
-            k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-        return self.o_proj(out.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, H, T, d] of queries [B, H, T, d], keys and values [B, H_kv, T, d]; mask [B or 1, 1, T, T] bool or causal.
+
+    Neighbouring query heads share a key head: grouped-query attention, arXiv 2305.13245.
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
 class MLP(nn.Module):
@@ -253,8 +254,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, mask, keys_values=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, keys_values)
+    def forward(self, x, cos, sin, mask, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -298,33 +299,31 @@ class Decoder(nn.Module):
         """
         return self.lm_head(self.hidden_states(input_ids, position_ids, attention_mask))
 
-    def hidden_states(self, input_ids, position_ids=None, attention_mask=None, cache=None) -> Tensor:
-        """What `lm_head` reads, [B, T, hidden]: for callers who need logits at a few positions only."""
-        T = input_ids.shape[1]
+    def hidden_states(self, input_ids, position_ids=None, attention_mask=None, attend=None) -> Tensor:
+        """What `lm_head` reads, [B, T, hidden]: for callers who need logits at a few positions only.
+
+        `attend(layer, q, k, v, mask)` may stand in for `attention`: see `Cache`.
+        """
+        T, windows = input_ids.shape[1], self.config.windows
         if position_ids is None:
             position_ids = torch.arange(T, device=input_ids.device)[None]
-        key_positions = position_ids
-        if cache is not None:
-            key_positions = cache.store_positions(position_ids)
-            attention_mask = cache.mask(position_ids)
-
-        windows = self.config.windows
         masks = {None: attention_mask}
         for window in set(windows) - {None}:
             seen = attention_mask
             if seen is None:
-                seen = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()[None, None]
-            masks[window] = seen & (position_ids[:, None, :, None] - key_positions[:, None, None, :] < window)
+                seen = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()
+            masks[window] = seen & (position_ids[:, None, :, None] - position_ids[:, None, None, :] < window)
 
         x = self.model.embed_tokens(input_ids)
         frequency, scale = rope_frequencies(self.config.rope_parameters, self.config.head_dim, x.device)
         angle = position_ids[:, None, :, None] * frequency
         cos, sin = (angle.cos() * scale).to(x.dtype), (angle.sin() * scale).to(x.dtype)
         for i, (layer, window) in enumerate(zip(self.model.layers, windows)):
+            arguments = x, cos, sin, masks[window], partial(attend, i) if attend else attention
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, masks[window], use_reentrant=False)
+                x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, masks[window], cache and cache.layer(i))
+                x = layer(*arguments)
         return self.model.norm(x)
 
 
@@ -463,52 +462,67 @@ def put(path: Path, write):
 
 # -------------------------------------------------------------------------------------------- sampling
 
+FAMILY = 8  # samples of a prompt that attend together
+
+
 class Cache:
-    """Keys and values of the tokens so far, in buffers of a fixed size: [rows, H_kv, slots, head_dim] a layer.
+    """Keys and values of the tokens so far, in buffers of a fixed size: [families, H_kv, slots, head_dim] a layer.
 
-    All rows write the same slot, so prompts are aligned at their ends. Position ids say the rest: a query
-    sees the slots whose position is not after its own. Padding has positions below 0, an empty slot one
-    that nothing reaches.
+    A family is some samples of one prompt, its members. Their prompt is held once, aligned at its end with
+    the others; after it each step fills one slot for each member. So they attend together: their queries are
+    one matrix that meets all of the family's keys, which reads the prompt's once, and a mask keeps each
+    member from what the others wrote.
     """
-    EMPTY = 2**30
 
-    def __init__(self, config: Config, rows: int, slots: int, like: Tensor):
-        shape = (rows, config.num_key_value_heads, slots, config.head_dim)
-        self.k = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
-        self.v = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
-        self.positions = torch.full((rows, slots), self.EMPTY, device=like.device)
-        self.slot = None  # where the next tokens go, [T], on the device: no read-back
-        self.width = slots  # the slots in use; those beyond are not looked at
+    def __init__(self, config: Config, lengths: Tensor, longest: int, members: int, new: int, like: Tensor):
+        self.windows, self.longest, self.members = config.windows, longest, members
+        shape = (len(lengths), config.num_key_value_heads, longest + new * members, config.head_dim)
+        self.k = [like.new_zeros(shape) for _ in self.windows]
+        self.v = [like.new_zeros(shape) for _ in self.windows]
+        self.width = shape[2]  # the slots in use; those beyond are not looked at
+        place = torch.arange(shape[2], device=like.device) - longest
+        self.time = torch.where(place < 0, place, place // members)  # of a slot: new tokens count from 0
+        self.owner = torch.where(place < 0, -1, place % members)  # -1: the whole family
+        self.filled = place >= -lengths[:, None]  # [families, slots]: not padding
 
-    def store_positions(self, position_ids):
-        self.positions.index_copy_(1, self.slot, position_ids)
-        return self.positions[:, :self.width]
+    def mask(self, t: Tensor, window: int | None, groups: int) -> Tensor:
+        """Who sees what at time t: [families, 1, members x groups, width] bool."""
+        time, owner = self.time[:self.width], self.owner[:self.width]
+        seen = (time <= t) & (time > t - window) if window else time <= t
+        own = (owner < 0) | (owner == torch.arange(self.members, device=owner.device)[:, None])
+        seen = seen & own & self.filled[:, None, :self.width]
+        return seen.repeat_interleave(groups, 1)[:, None]
 
-    def mask(self, query):
-        key = self.positions[:, None, None, :self.width]
-        query = query[:, None, :, None]
-        return (key <= query) & ((key >= 0) | (query < 0))
+    def prompts(self, families: Tensor):
+        """`attend` for prompts [B, T]: as `attention`, and each is kept for all of its families [B, n]."""
+        def attend(i, q, k, v, mask):
+            here = slice(self.longest - k.shape[2], self.longest)
+            self.k[i][families, :, here], self.v[i][families, :, here] = k[:, None], v[:, None]
+            return attention(q, k, v, mask)
+        return attend
 
-    def layer(self, i):
-        def keys_values(k, v):
-            self.k[i].index_copy_(2, self.slot, k)
-            self.v[i].index_copy_(2, self.slot, v)
-            return self.k[i][:, :, :self.width], self.v[i][:, :, :self.width]
-        return keys_values
+    def step(self, t: Tensor, family: Tensor, member: Tensor):
+        """`attend` for the tokens [R, 1] of time t [1]; each row is a member [R] of a family [R]."""
+        slot, masks = self.longest + t * self.members + member, {}
 
-    def place(self, part: "Cache", rows: Tensor, end: int):
-        """Copy row i of a smaller cache into each of rows[i], so that its last slot comes before `end`."""
-        here = slice(end - part.positions.shape[1], end)
-        for mine, theirs in zip(self.k + self.v, part.k + part.v):
-            mine[rows, :, here] = theirs[:, None]
-        self.positions[rows, here] = part.positions[:, None]
+        def attend(i, q, k, v, _):
+            self.k[i][family, :, slot], self.v[i][family, :, slot] = k[:, :, 0], v[:, :, 0]
+            keys, values, window = self.k[i][:, :, :self.width], self.v[i][:, :, :self.width], self.windows[i]
+            groups = q.shape[1] // k.shape[1]
+            if window not in masks:
+                masks[window] = self.mask(t, window, groups)
+            queries = q.new_zeros(*keys.shape[:2], self.members, groups, q.shape[-1])
+            queries[family, :, member] = q.reshape(len(q), -1, groups, q.shape[-1])
+            out = F.scaled_dot_product_attention(queries.flatten(2, 3), keys, values, attn_mask=masks[window])
+            return out.unflatten(2, (self.members, groups))[family, :, member].reshape(q.shape)
+        return attend
 
-    def keep(self, rows: Tensor):
-        """Drop all other rows: one layer after the other, so that little is ever held twice."""
+    def keep(self, families: Tensor):
+        """Drop all others: one layer after the other, so that little is ever held twice."""
         for buffers in (self.k, self.v):
             for i in range(len(buffers)):
-                buffers[i] = buffers[i][rows]
-        self.positions = self.positions[rows]
+                buffers[i] = buffers[i][families]
+        self.filled = self.filled[families]
 
 
 @torch.no_grad()
@@ -527,20 +541,15 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
     for i, prompt in enumerate(prompts):
         if not prompt or not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise ValueError(f"prompt {i} is empty or has a token id outside 0..{model.config.vocab_size - 1}")
-    longest = max(map(len, prompts))
-    slots = longest + max_new_tokens
-    cache, logits = prefill(model, prompts, samples, longest, slots)
-
     # Everything that a step touches lies on the device in tensors of a fixed shape.
+    rows = torch.arange(len(prompts) * samples, device=device)  # those still in the batch
     lengths = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(samples)
     u = uniforms(prompts, samples, max_new_tokens, seed).to(device)
     ends = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
-    out = torch.full((len(lengths), max_new_tokens), -1, device=device)
-    done = torch.zeros(len(lengths), dtype=torch.bool, device=device)
-    rows = torch.arange(len(lengths), device=device)  # those still in the batch
+    out = torch.full((len(rows), max_new_tokens), -1, device=device)
+    done = torch.zeros(len(rows), dtype=torch.bool, device=device)
     t = torch.zeros(1, dtype=torch.long, device=device)
-    cache.slot = torch.full((1,), longest, device=device)
-    token = torch.zeros(len(lengths), dtype=torch.long, device=device)
+    token = torch.zeros(len(rows), dtype=torch.long, device=device)
 
     def choose(logits):
         token.copy_(draw(logits, u[rows, t], temperature, top_p))
@@ -548,11 +557,12 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
         done[rows] |= (token[:, None] == ends).any(-1)
 
     def step():
-        hidden = model.hidden_states(token[:, None], (lengths[rows] + t)[:, None], cache=cache)
+        hidden = model.hidden_states(token[:, None], (lengths[rows] + t)[:, None],
+                                     attend=cache.step(t, family, member))
         t.add_(1)
-        cache.slot.add_(1)
         choose(model.lm_head(hidden)[:, 0])
 
+    cache, family, member, logits = prefill(model, prompts, samples, max_new_tokens)
     choose(logits)
     replay, bucket = None, 128 if device.type == "cuda" else 1
     for n in range(1, max_new_tokens):
@@ -561,41 +571,46 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
             if len(alive) == 0:
                 break
             if len(alive) <= 0.8 * len(rows):
-                rows, token, replay = rows[alive], token[alive], None
-                cache.keep(alive)
-        width = min(slots, -(-(longest + n) // bucket) * bucket)
+                rows, token, member, replay = rows[alive], token[alive], member[alive], None
+                families, family = family[alive].unique(return_inverse=True)
+                cache.keep(families)
+        width = cache.longest + min(max_new_tokens, -(-n // bucket) * bucket) * cache.members
         if width != cache.width or replay is None:  # a new shape; on CUDA captured once and then replayed
             cache.width = width
-            replay = capture(step, (t, cache.slot, token, out, done)) if device.type == "cuda" else step
+            replay = capture(step, (t, token, out, done)) if device.type == "cuda" else step
         replay()
     return [[[x for x in row if x >= 0] for row in group]
             for group in out.view(len(prompts), samples, -1).tolist()]
 
 
-def prefill(model: Decoder, prompts, samples: int, longest: int, slots: int) -> tuple[Cache, Tensor]:
-    """Each prompt once, with others of like length; then each of its samples gets a copy of its keys and values.
+def prefill(model: Decoder, prompts, samples: int, new: int) -> tuple[Cache, Tensor, Tensor, Tensor]:
+    """Run each prompt once, with others of like length, for all its samples: rows, [prompts x samples] of them.
 
-    Returns a cache of prompts x samples rows, and the logits of the first new token, [prompts x samples, V].
+    Returns the cache, each row's family and its number as a member there, and the logits of its first token.
     """
-    like, vocab_size = model.lm_head.weight, model.config.vocab_size
-    cache = Cache(model.config, len(prompts) * samples, slots, like)
-    logits = torch.empty(len(prompts), vocab_size, dtype=like.dtype, device=like.device)
+    device, vocab_size, longest = model.lm_head.weight.device, model.config.vocab_size, max(map(len, prompts))
+    members, each = min(FAMILY, samples), -(-samples // FAMILY)  # families of a prompt
+    number = torch.arange(samples, device=device).repeat(len(prompts))
+    prompt = torch.arange(len(prompts), device=device).repeat_interleave(samples)
+    lengths = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(each)
+    cache = Cache(model.config, lengths, longest, members, new, model.lm_head.weight)
+    logits = cache.k[0].new_empty(len(prompts), vocab_size)
+
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    tokens_at_once = 2**14 if like.is_cuda else 2**9
+    tokens_at_once = 2**14 if device.type == "cuda" else 2**9
     while order:
-        width = len(prompts[order[0]])  # the longest of the group; the others are padded on the left
-        count = max(1, tokens_at_once // width)
-        group, order = order[:count], order[count:]
-        ids = [[0] * (width - len(prompts[i])) + prompts[i] for i in group]
-        positions = [list(range(len(prompts[i]) - width, len(prompts[i]))) for i in group]
-        part = Cache(model.config, len(group), width, like)
-        part.slot = torch.arange(width, device=like.device)
-        hidden = model.hidden_states(*torch.tensor([ids, positions], device=like.device), cache=part)
-        group = torch.tensor(group, device=like.device)
-        logits[group] = model.lm_head(hidden[:, -1:])[:, 0]
-        rows = group[:, None] * samples + torch.arange(samples, device=like.device)
-        cache.place(part, rows, longest)
-    return cache, logits.repeat_interleave(samples, 0)
+        T = len(prompts[order[0]])  # the longest of the batch; the others are padded on the left
+        count = max(1, tokens_at_once // T)
+        batch, order = order[:count], order[count:]
+        ids = torch.tensor([[0] * (T - len(prompts[i])) + prompts[i] for i in batch], device=device)
+        batch = torch.tensor(batch, device=device)
+        position = torch.arange(T, device=device) - (T - lengths[batch * each])[:, None]
+        key, query = position[:, None, None, :], position[:, None, :, None]
+        mask = (key <= query) & ((key >= 0) | (query < 0))  # padding sees padding: no row of a mask is empty
+        families = batch[:, None] * each + torch.arange(each, device=device)
+        hidden = model.hidden_states(ids, position, mask, cache.prompts(families))
+        logits[batch] = model.lm_head(hidden[:, -1:])[:, 0]
+    return cache, prompt * each + number // members, number % members, logits[prompt]
 
 
 def capture(step, state: tuple[Tensor, ...]):

@@ -612,15 +612,27 @@ def test_greedy_is_the_argmax_of_passes_without_a_cache(options):
 
 
 ENDS = (3, 20, 40)
-SAMPLING = dict(samples_per_prompt=4, max_new_tokens=50, temperature=1.5, seed=7)
+SAMPLING = dict(samples_per_prompt=12, max_new_tokens=50, temperature=1.5, seed=7)  # a family of 8 and one of 4
+
+
+@pytest.mark.parametrize("options", [{}, dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)])
+@torch.no_grad()
+def test_samples_are_those_of_passes_without_a_cache(options):
+    """Each token is drawn again, from the logits of the whole text and the same random number."""
+    model, n = tiny(**options), SAMPLING["max_new_tokens"]
+    u = decoder.uniforms(PROMPTS, 12, n, SAMPLING["seed"]).view(len(PROMPTS), 12, n)
+    for prompt, group, numbers in zip(PROMPTS, generate(model, PROMPTS, eos_ids=ENDS, **SAMPLING), u):
+        for sample, number in zip(group, numbers):
+            logits = model(torch.tensor([prompt + sample]))[0, len(prompt) - 1:-1]
+            assert decoder.draw(logits, number[:len(sample)], SAMPLING["temperature"], 1.0).tolist() == sample
 
 
 def test_a_sample_does_not_depend_on_its_neighbours():
     whole = generate(MODEL, PROMPTS, eos_ids=ENDS, **SAMPLING)
     assert [generate(MODEL, [p], eos_ids=ENDS, **SAMPLING)[0] for p in PROMPTS] == whole, "split over calls"
     assert generate(MODEL, PROMPTS[::-1], eos_ids=ENDS, **SAMPLING) == whole[::-1], "in another order"
-    fewer = generate(MODEL, PROMPTS, eos_ids=ENDS, **{**SAMPLING, "samples_per_prompt": 2})
-    assert fewer == [group[:2] for group in whole], "with fewer samples"
+    fewer = generate(MODEL, PROMPTS, eos_ids=ENDS, **{**SAMPLING, "samples_per_prompt": 3})
+    assert fewer == [group[:3] for group in whole], "with fewer samples"
     shorter = generate(MODEL, PROMPTS, eos_ids=ENDS, **{**SAMPLING, "max_new_tokens": 17})
     assert shorter == [[sample[:17] for sample in group] for group in whole], "with another length limit"
 
@@ -637,12 +649,12 @@ def test_samples_end_with_their_end_token_and_finished_rows_disturb_nobody():
 
 
 def test_samples_differ():
-    four = generate(MODEL, [[5, 6, 7]], **SAMPLING)[0]
-    assert len(set(map(tuple, four))) == 4
-    twice = generate(MODEL, [[5, 6, 7], [5, 6, 7]], **{**SAMPLING, "samples_per_prompt": 2})
-    assert twice[0] + twice[1] == four, "a prompt given twice goes on with new samples"
-    assert generate(MODEL, [[5, 6, 7]], **{**SAMPLING, "seed": 8})[0] != four
-    assert generate(MODEL, [[5, 6, 7]], **SAMPLING)[0] == four
+    twelve = generate(MODEL, [[5, 6, 7]], **SAMPLING)[0]
+    assert len(set(map(tuple, twelve))) == 12
+    twice = generate(MODEL, [[5, 6, 7], [5, 6, 7]], **{**SAMPLING, "samples_per_prompt": 6})
+    assert twice[0] + twice[1] == twelve, "a prompt given twice goes on with new samples"
+    assert generate(MODEL, [[5, 6, 7]], **{**SAMPLING, "seed": 8})[0] != twelve
+    assert generate(MODEL, [[5, 6, 7]], **SAMPLING)[0] == twelve
 
 
 def test_a_prompt_that_cannot_be_read_is_refused():

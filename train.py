@@ -65,7 +65,7 @@ class Settings:
     tau: float = option(0.25, "softness of the gate on PRG / anchor - 1")
     anchor_decay: float = option(0.9, "decay per step of the running mean of the traces' PRG")
     temperature: float = option(1.0, "of sampling, in training and evaluation")
-    reward: str = option("self_certainty", "of a rollout, in nats", choices=("self_certainty", "negative_entropy"))
+    reward: str = option("self_certainty", "of a rollout", choices=("self_certainty", "negative_entropy"))
     kl: float = option(0.0, "weight of the KL divergence from the starting model")
     clip: float = option(0.0, "PPO's clipping range; 0: none")
 
@@ -82,7 +82,7 @@ class Settings:
     save_every: int = option(20, "steps between checkpoints")
     show: int = option(3, "held-out queries to print at the end")
     device: str = option("", "cpu, cuda, cuda:1 ...; none: a GPU if there is one")
-    dtype: str = option("", "of the forward pass; none: bfloat16 on a GPU", choices=("float32", "bfloat16"))
+    dtype: str = option("", "of the forward pass; none: bfloat16 if on a GPU", choices=("float32", "bfloat16"))
     tokens_per_batch: int = option(16384, "tokens of one forward pass, padding included", toy=4096)
     rollouts_per_batch: int = option(512, "rollouts sampled at a time, in each process")
     checkpoint_activations: bool = option(False, "recompute activations: less memory, a third more time")
@@ -94,18 +94,19 @@ class UsageError(ValueError):
 
 
 def parse_arguments(argv=None) -> Settings:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = None
+    parser = argparse.ArgumentParser(
+        description="Train with HyTuning. Without arguments: the toy task. README.md explains.", allow_abbrev=False,
+        usage="python train.py [options]", formatter_class=lambda prog: argparse.HelpFormatter(prog, 4, 30))
+    group, kinds = None, {int: "N", float: "X", str: "TEXT"}
     for f in fields(Settings):
         group = parser.add_argument_group(f.metadata["group"]) if "group" in f.metadata else group
         toy = f" ({f.default}; toy {f.metadata['toy']})" if f.metadata["toy"] else f" ({f.default})"
         if f.type is bool:
             group.add_argument(f"--{f.name}", action="store_true", help=f.metadata["help"])
         else:
-            group.add_argument(f"--{f.name}", type=f.type, choices=f.metadata.get("choices"), metavar=f.name.upper()
-                               if "choices" not in f.metadata else None,
-                               help=f.metadata["help"] + (toy if f.default != "" else ""))
+            choices = f.metadata.get("choices")
+            help = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "") + (toy if f.default != "" else "")
+            group.add_argument(f"--{f.name}", type=f.type, choices=choices, metavar=kinds[f.type], help=help)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     toy = {} if given.get("model") else {f.name: f.metadata["toy"] for f in fields(Settings) if f.metadata["toy"]}
     settings = Settings(**{**toy, **given})
@@ -528,7 +529,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self) -> tuple[dict, list]:
-        """What eval.json says of the model as it is, and this process's rollouts of the first queries."""
+        """What eval.json says of the model as it is, and what `show` prints of this process's first queries."""
         s, world = self.settings, self.world
         mine = world.mine(self.held_out)
         prompts = [prompt for prompt, _, _ in mine]
@@ -539,8 +540,8 @@ class Trainer:
 
         def answer(response):
             return data.extract_answer(self.text.decode(response), s.marker)
-        table = torch.zeros(len(self.held_out), 5, dtype=torch.double, device=world.device)
-        for i, ((_, _, gold), group, single) in enumerate(zip(mine, groups, greedy)):
+        table, examples = torch.zeros(len(self.held_out), 5, dtype=torch.double, device=world.device), []
+        for i, ((_, question, gold), group, single) in enumerate(zip(mine, groups, greedy)):
             def right(given):
                 return given is not None and data.answers_match(given, gold)
             answers = [answer(response) for response in group]
@@ -548,6 +549,7 @@ class Trainer:
             table[world.rank + i * world.size] = torch.tensor([
                 np.mean([right(a) for a in answers]), right(winner), share, right(answer(single[0])),
                 np.mean([x.prg for x in rollouts[i]])])
+            examples.append((question, gold, rollouts[i][0], winner, round(share * len(answers))))
         single, correct, confidence, greedy, gain = world.sum(table).cpu().unbind(1)
         wrong = confidence[correct == 0]
         result = {"accuracy": single.mean().item(), "majority_accuracy": correct.mean().item(),
@@ -556,20 +558,21 @@ class Trainer:
                   "ece": prg.expected_calibration_error(confidence, correct),
                   "brier": prg.brier_score(confidence, correct), "auroc": prg.auroc(confidence, correct),
                   "prg": gain.mean().item(), "n": len(self.held_out)}
-        return {k: None if v != v else v for k, v in result.items()}, list(zip(mine, rollouts))[:s.show]
+        return {k: None if v != v else v for k, v in result.items()}, examples[:s.show]
 
     def show(self, examples):
-        """Held-out queries with a rollout of the model: support after each step as a bar, PRG, the right answer."""
-        for (prompt, question, gold), group in examples:
-            trace = group[0].trace
-            support, _ = prg.answer_support(self.model, [trace], self.world.device)
+        """Held-out queries with a rollout each: support after every step as a bar, PRG, the vote, the right answer."""
+        for question, gold, rollout, winner, votes in examples:
+            trace, say = rollout.trace, self.world.say
+            support, has_answer = prg.answer_support(self.model, [trace], self.world.device)
             lines = ["(before any step)"] + [" ".join(self.text.decode(trace.tokens[a:b]).split())
                                              for a, b in zip(trace.cuts, trace.cuts[1:])]
-            self.world.say(f"\n{question}")
-            for p, line in zip(support[0].tolist(), lines):
-                self.world.say(f"  p = {p:4.2f} {'#' * round(20 * p):20s} {line}")
-            answer = self.text.decode(trace.tokens[trace.answer_start:]).strip() or "(none)"
-            self.world.say(f"  {self.settings.marker} {answer}    PRG {group[0].prg:.2f}, right answer: {gold}")
+            say(f"\n{question}")
+            for p, line in zip(support[0].tolist(), lines) if has_answer.any() else []:
+                say(f"  p = {p:4.2f} {'#' * round(20 * p):20s} {line}")
+            answer = self.text.decode(trace.tokens[trace.answer_start:]).strip()
+            say(f"  {self.settings.marker} {answer or '(none that can be read)'}    PRG {rollout.prg:.2f}")
+            say(f"  vote: {winner}, {votes} of {self.settings.eval_samples}    right answer: {gold}")
 
     # ------------------------------------------------------------------------------------ checkpoints
 
