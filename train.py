@@ -139,6 +139,7 @@ class World:
 
     def __init__(self, device: str):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.signals = []  # SIGINT and SIGTERM that have come: finish the step, save, leave
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -203,6 +204,8 @@ class World:
         if error is None:
             self.meet()
         elif kind is RuntimeError or isinstance(error, dist.DistError):  # maybe a collective that lost a process:
+            if self.signals:
+                self.end("another process has ended, and torchrun, which says which, asks for it")
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(BEAT * (SILENCE + 2))  # then the watch will say which, and end this one too
         self.left.set()
@@ -705,7 +708,7 @@ def run(settings: Settings, world: World, extra_reward=None):
 
 def learn(trainer: Trainer, out: Path) -> bool:
     """The steps that are left, logged and saved; False if SIGINT or SIGTERM ended them early."""
-    settings, world, stop = trainer.settings, trainer.world, []
+    settings, world, stop = trainer.settings, trainer.world, trainer.world.signals
     warn = Warnings(world)
     if world.rank == 0:
         log = open_log(out / "metrics.jsonl", trainer.done)
