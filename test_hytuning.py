@@ -1,6 +1,6 @@
 """What the code claims, against definitions: a naive loop, `transformers`, a count, a hand computation.
 
-In the order in which a reader meets the ideas: prg, hytuning, model, sampling, data, train. It takes about two
+In the order in which a reader meets the ideas: prg, hytuning, model, sampling, data, train. It takes about six
 minutes on a CPU. Where `transformers` is not installed, the comparisons with it are skipped. With
 HYTUNING_SMOLLM2=FOLDER, a real checkpoint with a reference.json in it, one more test runs.
 
