@@ -942,7 +942,8 @@ def test_the_saved_model_is_complete(toy_run):
     done = run(cwd, "--eval_only", "--model", folder, "--eval", "out/toy/eval.jsonl", "--max_prompt_tokens", 64,
                "--max_new_tokens", 48, "--out", "out/again", *EVALUATION)
     assert done.returncode == 0, done.stderr
-    before, again = (json.loads((cwd / "out" / name / "eval.json").read_text()) for name in ("run", "again"))
+    before, again = (json.loads((cwd / "out" / name).read_text())
+                     for name in ("run/eval.json", "again/eval_only.json"))
     assert again["final"] == pytest.approx(before["final"])
     tf, ours = transformers(), load_pretrained(folder)
     text = data.Text(folder, ours.eos_ids)
@@ -1093,7 +1094,7 @@ def test_a_folder_of_any_name(toy_run, tmp_path):
         error, = done.stderr.splitlines()
         assert done.returncode == 2 and error.startswith("error: ") and path.name in error
     done = outcome_in(folder)
-    assert done.returncode == 0 and (folder / "out/eval.json").is_file(), done.stderr
+    assert done.returncode == 0 and (folder / "out/eval_only.json").is_file(), done.stderr
 
 
 # ------------------------------------------------------------------------------- several processes, faults

@@ -81,6 +81,7 @@ class Settings:
     eval_samples: int = option(8, "samples of a held-out query")
     save_every: int = option(20, "steps between checkpoints")
     show: int = option(3, "held-out queries to print at the end")
+    tensorboard: str = option("", "folder for the metrics in TensorBoard's format as well")
     device: str = option("", "cpu, cuda, cuda:1 ...; none: a GPU if there is one")
     dtype: str = option("", "of the forward pass; none: bfloat16 if on a GPU", choices=("float32", "bfloat16"))
     tokens_per_batch: int = option(16384, "tokens of one forward pass, padding included", toy=4096)
@@ -105,8 +106,9 @@ def parse_arguments(argv=None) -> Settings:
             group.add_argument(f"--{f.name}", action="store_true", help=f.metadata["help"])
         else:
             choices = f.metadata.get("choices")
-            help = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "") + (toy if f.default != "" else "")
-            group.add_argument(f"--{f.name}", type=f.type, choices=choices, metavar=kinds[f.type], help=help)
+            what = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
+            group.add_argument(f"--{f.name}", type=f.type, choices=choices, metavar=kinds[f.type],
+                               help=what + (toy if f.default != "" else ""))
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     toy = {} if given.get("model") else {f.name: f.metadata["toy"] for f in fields(Settings) if f.metadata["toy"]}
     settings = Settings(**{**toy, **given})
@@ -605,8 +607,8 @@ class Trainer:
             raise UsageError(f"{path}, from which rank 0 goes on, is not on {socket.gethostname()}: give an --out on a "
                              "disk that all machines share")
         state = state or read_checkpoint(path)
-        free = {"steps", "out", "resume", "show", "device", "save_every", "eval", "max_eval", "eval_samples",
-                "tokens_per_batch", "rollouts_per_batch", "checkpoint_activations", "zero"}
+        free = {"steps", "out", "resume", "tensorboard", "show", "device", "save_every", "eval", "max_eval",
+                "eval_samples", "tokens_per_batch", "rollouts_per_batch", "checkpoint_activations", "zero"}
         changed = [f"--{k} {v} there, {getattr(s, k, v)} here" for k, v in state["settings"].items()
                    if k not in free and v != getattr(s, k, v)]
         if changed:
@@ -677,8 +679,9 @@ def run(settings: Settings, world: World, extra_reward=None):
 
     def evaluate(name):
         results[name], examples = trainer.evaluate()
-        if world.rank == 0:
-            put(out / "eval.json", lambda path: path.write_text(json.dumps(results, indent=2)))
+        if world.rank == 0:  # under another name where nothing was trained, since a run's own may be there
+            name = "eval_only.json" if settings.eval_only else "eval.json"
+            put(out / name, lambda path: path.write_text(json.dumps(results, indent=2)))
         return examples
     if world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -693,11 +696,13 @@ def run(settings: Settings, world: World, extra_reward=None):
                     results["base"] = base
         elif trainer.held_out:
             evaluate("base")
-        if not learn(trainer, out):
-            return world.say(f"stopped after step {trainer.done}; go on with --resume")
+        finished = learn(trainer, out)
         if world.rank == 0:
             save_pretrained(trainer.model, out / "model")
         world.meet()
+        if not finished:
+            return world.say(f"stopped after step {trainer.done}; the model so far is in {out / 'model'}; go on with "
+                             "--resume")
     if trainer.held_out:
         examples = evaluate("final")
         print_table(world, results)
@@ -711,7 +716,7 @@ def learn(trainer: Trainer, out: Path) -> bool:
     settings, world, stop = trainer.settings, trainer.world, trainer.world.signals
     warn = Warnings(world)
     if world.rank == 0:
-        log = open_log(out / "metrics.jsonl", trainer.done)
+        log, board = open_log(out / "metrics.jsonl", trainer.done), open_tensorboard(settings.tensorboard)
         for old in [] if trainer.done else checkpoints(settings):  # of another run, not to be resumed by mistake
             world.say(f"removing {old}, since this run starts anew")
             old.unlink()
@@ -732,6 +737,9 @@ def learn(trainer: Trainer, out: Path) -> bool:
             if world.rank == 0:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
+                for name, value in line.items() if board else []:
+                    if value is not None:
+                        board.add_scalar(name, value, line["step"])
             warn.about(line)
             bar.set_postfix_str(f"lambda {line['lambda']:.2f}, PRG {line['prg_rollouts'] or 0:.2f}")
             bar.update()
@@ -772,6 +780,17 @@ def open_log(path: Path, steps: int):
     kept = path.read_text().splitlines(keepends=True)[:steps] if steps and path.exists() else []
     put(path, lambda temporary: temporary.write_text("".join(kept)))
     return open(path, "a")
+
+
+def open_tensorboard(folder: str):
+    """A writer of TensorBoard's format, None for no folder. Raises UsageError where its package is missing."""
+    if not folder:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
+    return SummaryWriter(folder)
 
 
 def print_table(world: World, results: dict):
