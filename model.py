@@ -462,7 +462,7 @@ def put(path: Path, write):
 
 # -------------------------------------------------------------------------------------------- sampling
 
-FAMILY = 8  # samples of a prompt that attend together
+FAMILY = 8  # samples of a prompt that attend together; with more, the masked part of their products would grow
 
 
 class Cache:
