@@ -17,8 +17,10 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -60,7 +62,7 @@ class Settings:
     queries_per_step: int = option(16, "unlabeled queries of a step, over all processes")
     group_size: int = option(8, "rollouts of a query")
     traces_per_step: int = option(16, "supervised traces of a step, over all processes")
-    tau: float = option(0.25, "softness of the gate on PRG / anchor - 1")
+    tau: float = option(0.25, "softness of the gate on PRG / anchor")
     anchor_decay: float = option(0.9, "decay per step of the running mean of the traces' PRG")
     temperature: float = option(1.0, "of sampling, in training and evaluation")
     reward: str = option("self_certainty", "of a rollout, in nats", choices=("self_certainty", "negative_entropy"))
@@ -68,12 +70,13 @@ class Settings:
     clip: float = option(0.0, "PPO's clipping range; 0: none")
 
     steps: int = option(100, "training steps", toy=80, group="optimisation")
-    lr: float = option(2e-6, "learning rate of AdamW", toy=1e-4)
+    lr: float = option(2e-6, "learning rate of AdamW", toy=2e-4)
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
     updates_per_batch: int = option(1, "updates on the rollouts of a step; more want --clip")
     seed: int = option(0, "of everything random")
 
     out: str = option("out/run", "folder for metrics.jsonl, eval.json, model/ and checkpoints", group="run")
+    study: bool = option(False, "compare all methods on the toy task: the first table of the README's results")
     resume: bool = option(False, "go on from the last checkpoint in --out")
     eval_only: bool = option(False, "evaluate --model and stop")
     eval_samples: int = option(8, "samples of a held-out query")
@@ -366,19 +369,23 @@ class Trainer:
 
         def column(name):
             return torch.tensor([getattr(x, name) for x in rollouts], dtype=torch.double)
-        w = torch.ones(len(rollouts), dtype=torch.double)
-        if s.method == "hytuning":
-            w = hytuning.adaptive_weights(column("prg"), self.anchor or 0.0, s.tau)
         # Both are divergences from the uniform distribution, never negative: a weight can only take away.
         uniform = math.log(self.model.config.vocab_size)
-        r = w * (column("certainty") if s.reward == "self_certainty" else uniform - column("entropy"))
+        r = column("certainty") if s.reward == "self_certainty" else uniform - column("entropy")
+        earned = torch.zeros(len(rollouts), dtype=torch.double)
+        if s.method == "hytuning":
+            w = hytuning.adaptive_weights(column("prg"), self.anchor or 0.0, s.tau)
+            said = [self.text.decode(x.trace.tokens[x.trace.answer_start:]) if x.complete else None for x in rollouts]
+            same = [data.same_answers(said[i:i + s.group_size]) for i in range(0, len(said), s.group_size)]
+            same = torch.tensor(same, dtype=torch.long)
+            r, earned = (hytuning.pool_by_answer(values, same, s.group_size) for values in (w * r, w))
         if self.extra_reward:
             r += torch.tensor([self.extra_reward(self.text.decode(x.ids[:x.prompt_length]),
                                                  self.text.decode(x.response)) for x in rollouts], dtype=torch.double)
         for x, advantage in zip(rollouts, hytuning.group_advantages(r, s.group_size).tolist()):
             x.advantage = advantage
-        mean_weight = self.world.sum(w.sum().to(self.world.device)).item() / max(count, 1)
-        return {"hytuning": mean_weight, "static": 0.5, "rd": 0.0, "rlif": 1.0}[s.method]
+        mean = self.world.sum(earned.sum().to(self.world.device)).item() / max(count, 1)
+        return {"hytuning": mean, "static": 0.5, "rd": 0.0, "rlif": 1.0}[s.method]
 
     def update(self, sequences: list[Sequence], lam: float, tokens: float, rollouts: float):
         """One optimiser step (or --updates_per_batch); ([L_RD, L_RLIF], norm of the gradient)."""
@@ -654,9 +661,55 @@ def build_toy(world: World, folder=Path("out/toy")) -> Path:
     return folder
 
 
+# ------------------------------------------------------------------------------------------- the study
+
+# For each method the learning rate and number of steps that were best on queries and seeds other than these.
+STUDY = {"rd": (2e-4, 120), "rlif": (5e-5, 20), "static": (1e-4, 80), "hytuning": (2e-4, 100)}
+
+
+def study(seeds=range(5), folder=Path("out/study")):
+    """All methods on the toy task, as a Markdown table. A seed is other traces, unlabeled and held-out queries and
+    samples, the same for all methods; base model and tables are shared. As many runs at once as there are cores."""
+    build_toy(World("cpu"))
+    for seed in seeds:
+        data.Triage().write(folder / f"data-{seed}", seed, traces=256)
+
+    def run(method, seed):
+        out, (lr, steps) = folder / f"{method}-{seed}", STUDY[method]
+        options = {"method": method, "seed": seed, "lr": lr, "steps": steps, "out": out, "max_labeled": 16, "show": 0,
+                   "device": "cpu", **{x: folder / f"data-{seed}/{x}.jsonl" for x in ("labeled", "unlabeled", "eval")}}
+        done = subprocess.run([sys.executable, __file__, *(str(x) for k, v in options.items() for x in (f"--{k}", v))],
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            raise UsageError(f"the run in {out} failed: {done.stderr.strip().splitlines()[-1]}")
+        return json.loads((out / "eval.json").read_text())
+    jobs = [(method, seed) for seed in seeds for method in STUDY]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(jobs, pool.map(lambda job: run(*job), jobs)))
+
+    columns = [name for name in found[jobs[0]]["final"] if name != "n"]
+    table = {"base": [found["rd", seed]["base"] for seed in seeds],
+             **{method: [found[method, seed]["final"] for seed in seeds] for method in STUDY}}
+    table = {name: np.array([[run[c] for c in columns] for run in runs], dtype=float) for name, runs in table.items()}
+
+    def row(name, values, scale, sign=""):
+        error = scale * values.std(0, ddof=1) / math.sqrt(len(values))
+        print(f"| {name} | " + " | ".join(f"{m:{sign}.3f} ± {e:.3f}" for m, e in zip(values.mean(0), error)) + " |")
+    print(f"Mean ± standard error of {len(seeds)} seeds; below, the paired difference to rd and its 95% interval.\n")
+    print("| | " + " | ".join(columns).replace("_", " ") + " |\n|---" + "|---" * len(columns) + "|")
+    for name, values in table.items():
+        row(name, values, 1)
+    for name in list(STUDY)[1:]:
+        row(f"{name} − rd", table[name] - table["rd"], T_95[len(seeds)], sign="+")
+
+
+T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # Student's t, two-sided, by runs
+
+
 def main():
     try:
-        train(parse_arguments())
+        settings = parse_arguments()
+        study() if settings.study else train(settings)
     except (CheckpointError, data.DataError, UsageError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
