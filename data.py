@@ -67,14 +67,20 @@ def as_number(text: str) -> Fraction | None:
         return None
 
 
+def same_answers(answers: list[str | None]) -> list[int]:
+    """For each answer the index of the first one that says the same; an unreadable one is like no other."""
+    first = []
+    for i, answer in enumerate(answers):
+        first.append(next((j for j in dict.fromkeys(first)
+                           if answer and answers[j] and answers_match(answers[j], answer)), i))
+    return first
+
+
 def majority(answers: list[str | None]) -> tuple[str | None, float]:
     """The answer most often given, the earliest of equals, and its share of the votes, unreadable ones counted."""
-    votes = {}
-    for answer in filter(None, answers):
-        same = next((known for known in votes if answers_match(known, answer)), answer)
-        votes[same] = votes.get(same, 0) + 1
-    best = max(votes, key=votes.get, default=None)
-    return best, votes.get(best, 0) / len(answers)
+    votes = [first for first, answer in zip(same_answers(answers), answers) if answer]
+    best = max(dict.fromkeys(votes), key=votes.count, default=None)
+    return (None if best is None else answers[best]), votes.count(best) / len(answers)
 
 
 # ----------------------------------------------------------------------------------- tokens and prompts
@@ -311,7 +317,7 @@ class Triage:
         believed = np.full((self.FINDINGS, self.CONDITIONS), 0.0)
         for f, true in enumerate(self.truth):
             wrong = rng.choice([c for c in range(self.CONDITIONS) if c != true])
-            p_true, p_wrong = (0.32, 0.46) if f % 3 == 0 else (0.56, 0.06)
+            p_true, p_wrong = (0.26, 0.54) if f % 3 == 0 else (0.50, 0.10)
             believed[f] = (1 - p_true - p_wrong) / (self.CONDITIONS - 2)
             believed[f, true], believed[f, wrong] = p_true, p_wrong
         self.believed = believed

@@ -1,13 +1,15 @@
 """HyTuning's losses: how a few supervised traces and many unlabeled queries share one update.
 
-    w_j = sigmoid((PRG_j / max(a, 0.05) - 1) / tau)      does rollout j earn its answer as the traces do?
-    r_j = w_j * self-certainty_j                         certainty counts only as far as it was earned
-    A_j = (r_j - mean of the group) / std of the group   GRPO's advantage
-    L   = (1 - lambda) L_RD + lambda L_RLIF              with lambda = mean_j w_j
+    w_j = 2 sigmoid((min(PRG_j / max(a, 0.05), 1) - 1) / tau)   does rollout j earn its answer as the traces do?
+    r_j = (1/G) sum of w_i * self-certainty_i                   certainty counts as far as it was earned, and for the
+          over the i of its group with y_i = y_j                answer: whoever gives it gets what all have earned
+    A_j = (r_j - mean of the group) / std of the group          GRPO's advantage
+    L   = (1 - lambda) L_RD + lambda L_RLIF                     with lambda = mean_j e_j
 
-No gradient flows through w, r, A or lambda: only the log-probabilities of the tokens have one. Every mean is
-a sum over what is given, divided by a count that may be passed in: with the global count, the losses of
-micro-batches and ranks add up to the loss of the whole batch.
+e_j is r_j without the certainty: the share of the group that has earned j's answer. No gradient flows through w, r,
+e, A or lambda: only the log-probabilities of the tokens have one. Every mean is a sum over what is given, divided by
+a count that may be passed in: with the global count, the losses of micro-batches and ranks add up to the loss of the
+whole batch.
 
 This file imports nothing of the project, so it can be taken alone. Next to read: data.py, then train.py.
 
@@ -55,14 +57,27 @@ def over_vocabulary(statistic, hidden: Tensor, lm_head, targets: Tensor, chunk: 
 
 # -------------------------------------------------------------------------------- advantages and weights
 
-def adaptive_weights(prg: Tensor, anchor, tau: float = 0.25) -> Tensor:
-    """w_j = sigmoid((PRG_j / max(a, 0.05) - 1) / tau), [N] in (0, 1), from PRG [N] and the anchor a.
+def adaptive_weights(prg: Tensor, anchor, tau: float = 1.0) -> Tensor:
+    """w_j = 2 sigmoid((min(PRG_j / max(a, 0.05), 1) - 1) / tau), [N] in (0, 1], from PRG [N] and the anchor a.
 
-    The anchor is the mean PRG of the supervised traces: w is 1/2 for a rollout that earns its answer exactly
-    as well as they do. The floor of 0.05 keeps an anchor near 0 from turning the gate into a step.
+    The anchor is the mean PRG of the supervised traces: w is 1 for a rollout that earns its answer as well as
+    they do. Better pays nothing more, since support that rises more steadily than theirs comes from lines that
+    all say the same, right or wrong. The floor of 0.05 keeps an anchor near 0 from turning the gate into a step.
     """
     anchor = torch.as_tensor(anchor, dtype=prg.dtype, device=prg.device)
-    return ((prg / anchor.clamp(min=0.05) - 1) / tau).sigmoid().detach()
+    return (2 * (((prg / anchor.clamp(min=0.05)).clamp(max=1) - 1) / tau).sigmoid()).detach()
+
+
+def pool_by_answer(values: Tensor, answers: Tensor, group_size: int) -> Tensor:
+    """(1/G) sum of values_i over the rollouts i of j's group that give j's answer, [N], for each rollout j.
+
+    values [N] and answers [N] (any numbers, equal where two rollouts of a group give the same answer) lie in
+    consecutive groups of G. One rollout's PRG is a weak witness, since reasoning that is wrong may be steady too;
+    what all that reach an answer have earned, each in its own way, is a strong one. Of weights w it is the share of
+    the group that has earned the answer; with all w = 1 the share of the vote (as a reward: TTRL, arXiv 2504.16084).
+    """
+    x, y = values.detach().view(-1, group_size), answers.view(-1, group_size)
+    return ((y[:, :, None] == y[:, None, :]) * x[:, None, :]).mean(-1).flatten()
 
 
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:

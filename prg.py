@@ -98,23 +98,20 @@ def pack(traces: list[Trace], device=None) -> Packed:
 
 # ------------------------------------------------------------------------------------------ support, PRG
 
-PACKED_TOKENS = 2048  # of one pass, padding included
-
-
 @torch.no_grad()
-def answer_support(model, traces: list[Trace], device=None) -> tuple[Tensor, Tensor]:
+def answer_support(model, traces: list[Trace], device=None, tokens: int = 2048) -> tuple[Tensor, Tensor]:
     """Support p_k of each trace after k = 0..K steps: (support [B, K_max+1], mask [B, K_max+1] bool).
 
     `model` is any callable `(input_ids, position_ids, attention_mask) -> logits [B, T, V]`. Where it also has
     `hidden_states` (with the same arguments) and `lm_head`, logits are computed only where an answer token is
-    predicted. device defaults to that of the model's parameters.
+    predicted. device defaults to that of the model's parameters; tokens are those of one pass, padding included.
     """
     if device is None:
         device = next((p.device for p in getattr(model, "parameters", list)()), None)
     K_max = max((len(trace.cuts) for trace in traces), default=1) - 1
     support = torch.zeros(len(traces), K_max + 1, device=device)
     mask = torch.zeros(len(traces), K_max + 1, dtype=torch.bool, device=device)
-    for batch in batches_by_length([packed_length(trace) for trace in traces], PACKED_TOKENS):
+    for batch in batches_by_length([packed_length(trace) for trace in traces], tokens):
         packed = pack([traces[i] for i in batch], device)
         arguments = packed.input_ids, packed.position_ids, packed.attention_mask
         if hasattr(model, "hidden_states"):

@@ -27,7 +27,7 @@ import data
 import model as decoder
 import train
 from hytuning import (adaptive_weights, distillation_loss, entropy, group_advantages, hytuning_loss,
-                      over_vocabulary, rlif_loss, self_certainty, token_logprobs)
+                      over_vocabulary, pool_by_answer, rlif_loss, self_certainty, token_logprobs)
 from model import CheckpointError, Config, Decoder, generate, load_pretrained, save_pretrained
 from prg import Trace, answer_support, auroc, brier_score, expected_calibration_error, progressive_reasoning_gain
 from train import Warnings
@@ -235,7 +235,7 @@ def test_advantages_of_a_group(recwarn):
 def test_a_weight_lowers_a_reward_but_never_turns_it_round():
     """Among equally certain rollouts the better earned wins, among equally earned ones the more certain."""
     w, certainty = adaptive_weights(torch.tensor([0.1, 0.4, 0.4, -1.0]), 0.4), torch.tensor([3.0, 3.0, 5.0, 5.0])
-    A = group_advantages(w * certainty, 4)
+    A = group_advantages(pool_by_answer(w * certainty, torch.arange(4), 4), 4)
     assert A[2] > A[1] > A[0] > A[3], "confident and wrong comes last"
 
 
@@ -243,11 +243,21 @@ def test_adaptive_weights_are_relative_to_the_anchor():
     prg = torch.linspace(-1, 1, 21, requires_grad=True)
     for anchor, tau in ((0.5, 0.25), (0.1, 0.1), (0.9, 1.0)):
         w = adaptive_weights(prg, anchor, tau)
-        close(w, [1 / (1 + math.exp(-(p / anchor - 1) / tau)) for p in prg.tolist()])
-        assert adaptive_weights(torch.tensor([anchor]), anchor, tau).item() == pytest.approx(0.5)
+        close(w, [2 / (1 + math.exp(-(min(p / anchor, 1) - 1) / tau)) for p in prg.tolist()])
+        assert adaptive_weights(torch.tensor([anchor, 2 * anchor]), anchor, tau).tolist() == [1, 1], "more pays no more"
         assert (w.diff() >= 0).all() and not w.requires_grad
     assert torch.equal(adaptive_weights(prg, -0.3), adaptive_weights(prg, 0.05)), "the anchor's floor"
     assert adaptive_weights(prg, torch.tensor(0.4, requires_grad=True)).grad_fn is None
+
+
+def test_an_answer_has_earned_what_the_rollouts_that_give_it_have():
+    w = torch.tensor([1.0, 0.5, 0.25, 1.0, 0.5, 0.5, 0.0, 0.25], requires_grad=True)
+    answers = torch.tensor([0, 1, 0, 3, 0, 0, 0, 0])  # of two groups: a number means nothing in the other one
+    e = pool_by_answer(w, answers, 4)
+    close(e, [1.25 / 4, 0.5 / 4, 1.25 / 4, 1 / 4, *[1.25 / 4] * 4])
+    assert not e.requires_grad
+    close(pool_by_answer(torch.ones(8), answers, 4), [0.5, 0.25, 0.5, 0.25, 1, 1, 1, 1])  # the share of the vote
+    assert len(pool_by_answer(w[:0], answers[:0], 4)) == 0, "a process may have no query"
 
 
 def some_losses():
@@ -686,6 +696,11 @@ def test_the_majority_counts_unreadable_answers_as_votes():
     assert data.majority(["4", "5", "4.0", None]) == ("4", 0.5)
     assert data.majority(["5", "4"]) == ("5", 0.5), "the earliest of equals"
     assert data.majority([None, None]) == (None, 0)
+
+
+def test_same_answers_are_found_whatever_their_spelling():
+    assert data.same_answers(["4", "5", "4.0", None, None, "$5"]) == [0, 1, 0, 3, 4, 1], "no two unreadable ones agree"
+    assert data.same_answers([]) == []
 
 
 @pytest.fixture(scope="module")

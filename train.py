@@ -4,7 +4,7 @@
     python train.py --model FOLDER --labeled a.jsonl --unlabeled b.jsonl --eval c.jsonl
     torchrun --nproc_per_node=8 train.py --model ...                           # the same on eight GPUs
 
-A step: sample a group of rollouts for each query; score them and the supervised traces in one packed pass
+A step: sample a group of rollouts for each query; judge and score them and the supervised traces
 (support, PRG, self-certainty); turn that into weights, advantages and lambda; one update on the mixed loss.
 
 SPDX-License-Identifier: MIT
@@ -18,9 +18,11 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -62,7 +64,7 @@ class Settings:
     queries_per_step: int = option(16, "unlabeled queries of a step, over all processes")
     group_size: int = option(8, "rollouts of a query")
     traces_per_step: int = option(16, "supervised traces of a step, over all processes")
-    tau: float = option(0.25, "softness of the gate on PRG / anchor - 1")
+    tau: float = option(1.0, "softness of the gate on PRG / anchor")
     anchor_decay: float = option(0.9, "decay per step of the running mean of the traces' PRG")
     temperature: float = option(1.0, "of sampling, in training and evaluation")
     reward: str = option("self_certainty", "of a rollout", choices=("self_certainty", "negative_entropy"))
@@ -70,12 +72,13 @@ class Settings:
     clip: float = option(0.0, "PPO's clipping range; 0: none")
 
     steps: int = option(100, "training steps", toy=80, group="optimisation")
-    lr: float = option(2e-6, "learning rate of AdamW", toy=1e-4)
+    lr: float = option(2e-6, "learning rate of AdamW", toy=2e-4)
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
     updates_per_batch: int = option(1, "updates on the rollouts of a step; more want --clip")
     seed: int = option(0, "of everything random")
 
     out: str = option("out/run", "folder for metrics.jsonl, eval.json, model/ and checkpoints", group="run")
+    study: bool = option(False, "compare all methods on the toy task: the first table of the README's results")
     resume: bool = option(False, "go on from the last checkpoint in --out")
     eval_only: bool = option(False, "evaluate --model and stop")
     eval_samples: int = option(8, "samples of a held-out query")
@@ -323,7 +326,9 @@ class Trainer:
         if world.size > 1:
             self.policy = DistributedDataParallel(self.policy, gradient_as_bucket_view=True)
         self.optimizer = make_optimizer(self.model, s, world)
-        self.reference = Policy(copy.deepcopy(self.model).requires_grad_(False)) if s.kl else None
+        # The judge of PRG stays as it is: one that learned with the rollouts would come to agree with their errors.
+        self.start = copy.deepcopy(self.model).requires_grad_(False).to(self.dtype)
+        self.reference = Policy(self.start) if s.kl else None
         # Master weights stay in float32; sampling reads them twice as fast from a bfloat16 copy.
         self.sampler = self.model if self.dtype == torch.float32 else copy.deepcopy(self.model).to(self.dtype)
         self.anchor, self.done, self.bad_steps = None, 0, 0
@@ -377,29 +382,29 @@ class Trainer:
                 bar.update(len(batch))
         return responses
 
+    def judge(self, sequences: list[Sequence], model: Decoder):
+        """Fill in PRG, as this model sees it: -1 for what did not end by itself with an answer that can be read."""
+        with self.amp():
+            support, mask = prg.answer_support(model, [x.trace for x in sequences], self.world.device,
+                                               self.settings.tokens_per_batch)
+        for x, gain in zip(sequences, prg.progressive_reasoning_gain(support, mask).tolist()):
+            x.prg = gain if x.complete else -1.0
+
     @torch.no_grad()
-    def score(self, sequences: list[Sequence], what=""):
-        """Fill in PRG, self-certainty, entropy and log-probabilities: one packed pass gives all of them."""
+    def score(self, sequences: list[Sequence]):
+        """Fill in self-certainty, entropy and log-probabilities under the current policy."""
         def statistics(logits, targets):
             return torch.stack([hytuning.token_logprobs(logits, targets), hytuning.self_certainty(logits),
                                 hytuning.entropy(logits)], 1)
-        device, lengths = self.world.device, [prg.packed_length(s.trace) for s in sequences]
-        with self.world.bar(len(sequences) if what else 0, what) as bar:
-            for indices in prg.batches_by_length(lengths, self.settings.tokens_per_batch):
-                batch = [sequences[i] for i in indices]
-                packed = prg.pack([s.trace for s in batch], device)
-                row, source, target, _ = response_cells(batch, device)
-                with self.amp():
-                    hidden = self.model.hidden_states(packed.input_ids, packed.position_ids, packed.attention_mask)
-                    values = hytuning.over_vocabulary(
-                        statistics, torch.cat([hidden[packed.row, packed.source], hidden[row, source]]),
-                        self.model.lm_head, torch.cat([packed.target, target]))
-                support = packed.support(values[:len(packed.row), 0])
-                gains = prg.progressive_reasoning_gain(support, packed.mask).tolist()
-                for s, gain, value in zip(batch, gains, values[len(packed.row):].split([s.length for s in batch])):
-                    s.prg = gain if s.complete else -1.0
-                    s.logprobs, (s.certainty, s.entropy) = value[:, 0], value[:, 1:].mean(0).tolist()
-                bar.update(len(batch))
+        for indices in prg.batches_by_length([len(x.ids) for x in sequences], self.settings.tokens_per_batch):
+            batch = [sequences[i] for i in indices]
+            row, source, target, _ = response_cells(batch, self.world.device)
+            ids = nn.utils.rnn.pad_sequence([torch.tensor(x.ids) for x in batch], batch_first=True)
+            with self.amp():
+                hidden = self.model.hidden_states(ids.to(self.world.device))[row, source]
+                values = hytuning.over_vocabulary(statistics, hidden, self.model.lm_head, target)
+            for x, value in zip(batch, values.split([x.length for x in batch])):
+                x.logprobs, (x.certainty, x.entropy) = value[:, 0], value[:, 1:].mean(0).tolist()
 
     def step(self) -> dict:
         """Sample, score, weigh, update; returns the line that goes into metrics.jsonl."""
@@ -409,6 +414,7 @@ class Trainer:
         responses = self.sample(queries, s.group_size, s.temperature, seed=s.seed * 10**6 + self.done)
         rollouts = [self.sequence(prompt, response) for prompt, group in zip(queries, responses) for response in group]
         clock.append(self.now())
+        self.judge(rollouts + traces, self.start)
         self.score(rollouts + traces)
         clock.append(self.now())
 
@@ -461,19 +467,23 @@ class Trainer:
 
         def column(name):
             return torch.tensor([getattr(x, name) for x in rollouts], dtype=torch.double)
-        w = torch.ones(len(rollouts), dtype=torch.double)
-        if s.method == "hytuning":
-            w = hytuning.adaptive_weights(column("prg"), self.anchor or 0.0, s.tau)
         # Both are divergences from the uniform distribution, never negative: a weight can only take away.
         uniform = math.log(self.model.config.vocab_size)
-        r = w * (column("certainty") if s.reward == "self_certainty" else uniform - column("entropy"))
+        r = column("certainty") if s.reward == "self_certainty" else uniform - column("entropy")
+        earned = torch.zeros(len(rollouts), dtype=torch.double)
+        if s.method == "hytuning":
+            w = hytuning.adaptive_weights(column("prg"), self.anchor or 0.0, s.tau)
+            said = [self.text.decode(x.trace.tokens[x.trace.answer_start:]) if x.complete else None for x in rollouts]
+            same = [data.same_answers(said[i:i + s.group_size]) for i in range(0, len(said), s.group_size)]
+            same = torch.tensor(same, dtype=torch.long)
+            r, earned = (hytuning.pool_by_answer(values, same, s.group_size) for values in (w * r, w))
         if self.extra_reward:
             r += torch.tensor([self.extra_reward(self.text.decode(x.ids[:x.prompt_length]),
                                                  self.text.decode(x.response)) for x in rollouts], dtype=torch.double)
         for x, advantage in zip(rollouts, hytuning.group_advantages(r, s.group_size).tolist()):
             x.advantage = advantage
-        mean_weight = self.world.sum(w.sum().to(self.world.device)).item() / max(count, 1)
-        return {"hytuning": mean_weight, "static": 0.5, "rd": 0.0, "rlif": 1.0}[s.method]
+        mean = self.world.sum(earned.sum().to(self.world.device)).item() / max(count, 1)
+        return {"hytuning": mean, "static": 0.5, "rd": 0.0, "rlif": 1.0}[s.method]
 
     def update(self, sequences: list[Sequence], lam: float, tokens: float, rollouts: float):
         """One optimiser step (or --updates_per_batch); ([L_RD, L_RLIF], norm of the gradient)."""
@@ -541,7 +551,7 @@ class Trainer:
         groups = self.sample(prompts, s.eval_samples, s.temperature, s.seed, "evaluating")
         greedy = self.sample(prompts, 1, 0.0, s.seed, "evaluating, greedy")
         rollouts = [[self.sequence(prompt, response) for response in group] for prompt, group in zip(prompts, groups)]
-        self.score([x for group in rollouts for x in group], "scoring")
+        self.judge([x for group in rollouts for x in group], self.model)
 
         def answer(response):
             return data.extract_answer(self.text.decode(response), s.marker)
@@ -838,12 +848,58 @@ def build_toy(world: World, folder=Path("out/toy")) -> Path:
     return folder
 
 
+# ------------------------------------------------------------------------------------------- the study
+
+# For each method the learning rate and number of steps that were best on queries and seeds other than these.
+STUDY = {"rd": (2e-4, 120), "rlif": (5e-5, 10), "static": (1e-4, 60), "hytuning": (2e-4, 100)}
+
+
+def study(seeds=range(5), folder=Path("out/study")):
+    """All methods on the toy task, as a Markdown table. A seed is other traces, unlabeled and held-out queries and
+    samples, the same for all methods; base model and tables are shared. As many runs at once as there are cores."""
+    build_toy(World("cpu"))
+    for seed in seeds:
+        data.Triage().write(folder / f"data-{seed}", seed, traces=256)
+
+    def run(method, seed):
+        out, (lr, steps) = folder / f"{method}-{seed}", STUDY[method]
+        options = {"method": method, "seed": seed, "lr": lr, "steps": steps, "out": out, "max_labeled": 16, "show": 0,
+                   "device": "cpu", **{x: folder / f"data-{seed}/{x}.jsonl" for x in ("labeled", "unlabeled", "eval")}}
+        done = subprocess.run([sys.executable, __file__, *(str(x) for k, v in options.items() for x in (f"--{k}", v))],
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            raise UsageError(f"the run in {out} failed: {done.stderr.strip().splitlines()[-1]}")
+        return json.loads((out / "eval.json").read_text())
+    jobs = [(method, seed) for seed in seeds for method in STUDY]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(jobs, pool.map(lambda job: run(*job), jobs)))
+
+    columns = [name for name in found[jobs[0]]["final"] if name != "n"]
+    table = {"base": [found["rd", seed]["base"] for seed in seeds],
+             **{method: [found[method, seed]["final"] for seed in seeds] for method in STUDY}}
+    table = {name: np.array([[run[c] for c in columns] for run in runs], dtype=float) for name, runs in table.items()}
+
+    def row(name, values, scale, sign=""):
+        error = scale * values.std(0, ddof=1) / math.sqrt(len(values))
+        print(f"| {name} | " + " | ".join(f"{m:{sign}.3f} ± {e:.3f}" for m, e in zip(values.mean(0), error)) + " |")
+    print(f"Mean ± standard error of {len(seeds)} seeds; below, the paired difference to rd and its 95% interval.\n")
+    print("| | " + " | ".join(columns).replace("_", " ") + " |\n|---" + "|---" * len(columns) + "|")
+    for name, values in table.items():
+        row(name, values, 1)
+    for name in list(STUDY)[1:]:
+        row(f"{name} − rd", table[name] - table["rd"], T_95[len(seeds)], sign="+")
+
+
+T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # Student's t, two-sided, by runs
+
+
 def main():
     rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     for stream in (sys.stdout, sys.stderr):  # a character that the terminal does not know must not end a run
         stream.reconfigure(errors="backslashreplace")
     try:
-        train(parse_arguments())
+        settings = parse_arguments()
+        study() if settings.study else train(settings)
     except (CheckpointError, data.DataError, UsageError, OSError) as error:
         print(f"error{rank}: {error}", file=sys.stderr)
         sys.exit(2)
