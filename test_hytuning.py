@@ -922,6 +922,13 @@ def test_the_default_run_learns(toy_run):
     assert result["final"]["accuracy"] > result["base"]["accuracy"] + 0.1
 
 
+def test_the_judge_does_not_learn(toy_run):
+    """All 16 traces are in every step, so a frozen judge says the same of them while the policy learns them by heart."""
+    _, lines, _ = toy_run
+    for line in lines:
+        assert line["prg_traces"] == pytest.approx(lines[0]["prg_traces"], abs=1e-4)
+
+
 def test_the_evaluation_says_what_it_should(toy_run):
     cwd, _, output = toy_run
     result = json.loads((cwd / "out/run/eval.json").read_text())
