@@ -52,7 +52,7 @@ def answers_match(a: str, b: str) -> bool:
     one number, and this one.
     """
     a, b = (re.sub(r"\s+", " ", re.sub("[$€£]", "", x.replace("\u2212", "-"))).casefold() for x in (a, b))
-    a, b = (x.lstrip(" *`\"'([").rstrip(" *`\"')].!?,;:") for x in (a, b))
+    a, b = (x.lstrip(" *`\"'([").rstrip(" *`\"')].!?,;:") or x for x in (a, b))
     if a == b:
         return True
     numbers = [[as_number(x) for x in NUMBER.findall(text) if as_number(x) is not None] for text in (a, b)]
@@ -68,7 +68,10 @@ def as_number(text: str) -> Fraction | None:
 
 
 def same_answers(answers: list[str | None]) -> list[int]:
-    """For each answer the index of the first one that says the same; an unreadable one is like no other."""
+    """For each answer the index of the first one that says the same; an unreadable one is like no other.
+
+    "5" says the same as "5 apples" and as "5 pears", which are not the same: what comes first decides.
+    """
     first = []
     for i, answer in enumerate(answers):
         first.append(next((j for j in dict.fromkeys(first)
@@ -123,9 +126,13 @@ class Text:
         asked = f"{question}\n{INSTRUCTION.format(marker=self.marker)}"
         if self.pieces is None:  # plain text, after whatever the tokenizer itself puts first
             ids = self.encode(asked + "\n", around=True)
-            return ids[:-1] if ids[-1:] == [self.end] else ids
-        return [i for piece in self.pieces for i in ([self.special[piece]] if piece in self.special
-                                                     else self.encode(piece.replace("{}", asked)))]
+            ids = ids[:-1] if ids[-1:] == [self.end] else ids
+        else:
+            ids = [i for piece in self.pieces for i in ([self.special[piece]] if piece in self.special
+                                                        else self.encode(piece.replace("{}", asked)))]
+        if not ids:
+            raise DataError(f"{self.path} has no token for anything in a prompt: use the model's own")
+        return ids
 
     def response(self, reasoning: str, answer: str) -> list[int]:
         """Token ids of a supervised response, the end token included."""
@@ -133,7 +140,7 @@ class Text:
         return self.encode("\n".join(lines + [f"{self.marker} {answer}"])) + [self.end]
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids)
+        return self.tokenizer.decode([i for i in ids if i not in self.ends])  # which some tokenizers would show
 
     def parse(self, prompt: list[int], response: list[int]) -> tuple[list[int], list[int], int, list[int]]:
         """(tokens, cuts, answer_start, tail) as prg.Trace has them, from the token ids of prompt and response.
@@ -161,7 +168,7 @@ class Text:
         stream, text, ends, waiting = decoders.DecodeStream(skip_special_tokens=True), "", [], 0
         for i in ids:
             try:
-                piece = stream.step(self.tokenizer, i)
+                piece = None if i in self.ends else stream.step(self.tokenizer, i)
             except Exception:  # bytes that are no text, which a sampled response may hold: nothing can be read in it
                 return "", [0] * len(ids)
             waiting += 1

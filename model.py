@@ -86,7 +86,7 @@ class Config:
                 require(least <= value < most, f"{f.name} is {value!r}, which is not possible")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        require(self.num_attention_heads % self.num_key_value_heads == 0 and self.head_dim % 2 == 0,
+        require(self.num_attention_heads % self.num_key_value_heads == 0 and self.head_dim % 2 == 0 < self.head_dim,
                 f"{self.num_attention_heads} heads of size {self.head_dim} do not fit: the size must be even, the "
                 f"number a multiple of num_key_value_heads {self.num_key_value_heads}")
         require(self.hidden_act == "silu", f"hidden_act {self.hidden_act!r} is not supported, only 'silu'")
@@ -194,7 +194,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------- decoder
 
 class Linear(nn.Linear):
-    """torch's own, but for decoding on a CPU: with few rows the big matrix goes first, and runs 1.2 times as fast."""
+    """torch's own, but for decoding on a CPU: with few rows it is faster to have the big matrix first."""
 
     def forward(self, x):
         if x.device.type != "cpu" or x.shape[-2] > 1 or torch.is_grad_enabled() or self.bias is not None:
@@ -533,7 +533,7 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
     temperature 0 is greedy; top_p keeps the smallest set of tokens with at least that probability. The tokens
     of a sample depend on (seed, its prompt's ids, its number) alone, so they are the same however the prompts
     are split over calls or ranks; a prompt given twice in a call goes on with new numbers. Raises ValueError
-    for an empty prompt or one with ids outside the vocabulary.
+    for an empty prompt or one with ids outside the vocabulary, and for a temperature below 0.
     """
     device, samples = model.lm_head.weight.device, samples_per_prompt
     if not prompts or max_new_tokens < 1 or samples < 1:
@@ -541,6 +541,9 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
     for i, prompt in enumerate(prompts):
         if not prompt or not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise ValueError(f"prompt {i} is empty or has a token id outside 0..{model.config.vocab_size - 1}")
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}: give 0 (greedy) or more")
+
     # Everything that a step touches lies on the device in tensors of a fixed shape.
     rows = torch.arange(len(prompts) * samples, device=device)  # those still in the batch
     lengths = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(samples)
@@ -576,7 +579,7 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
                 cache.keep(families)
         width = cache.longest + min(max_new_tokens, -(-n // bucket) * bucket) * cache.members
         if width != cache.width or replay is None:  # a new shape; on CUDA captured once and then replayed
-            cache.width = width
+            cache.width, replay = width, None  # the old graph's memory is free before the new one takes its own
             replay = capture(step, (t, token, out, done)) if device.type == "cuda" else step
         replay()
     return [[[x for x in row if x >= 0] for row in group]
@@ -615,17 +618,17 @@ def prefill(model: Decoder, prompts, samples: int, new: int) -> tuple[Cache, Ten
 
 def capture(step, state: tuple[Tensor, ...]):
     """Record `step` as a CUDA graph. The warm-up run that capturing needs is undone by restoring `state`."""
-    before = [x.clone() for x in state]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    for x, y in zip(state, before):
-        x.copy_(y)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    with torch.cuda.device_of(state[0]):
+        before, stream = [x.clone() for x in state], torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        for x, y in zip(state, before):
+            x.copy_(y)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # whatever other threads do meanwhile
+            step()
     return graph.replay
 
 
@@ -645,7 +648,9 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
     """A token for each row of logits [R, V], by inverting the cumulative distribution at u [R] in [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
-    p = (logits.float() if temperature == 1 else logits.float() / temperature).softmax(-1)
+    if temperature != 1:
+        logits = (logits.float() - logits.amax(-1, keepdim=True)) / temperature  # finite, however cold it is
+    p = logits.float().softmax(-1)
     if top_p < 1:
         p = p * (p >= nucleus(p, top_p))
     # Two levels, blocks and then tokens of one block: little to add up, and nothing lost in a long float sum.

@@ -115,10 +115,11 @@ def answer_support(model, traces: list[Trace], device=None, tokens: int = 2048) 
         packed = pack([traces[i] for i in batch], device)
         arguments = packed.input_ids, packed.position_ids, packed.attention_mask
         if hasattr(model, "hidden_states"):
-            logits = model.lm_head(model.hidden_states(*arguments)[packed.row, packed.source])
+            hidden, head = model.hidden_states(*arguments)[packed.row, packed.source], model.lm_head
         else:
-            logits = model(*arguments)[packed.row, packed.source]
-        logprobs = logits.float().log_softmax(-1).gather(1, packed.target[:, None])[:, 0]
+            hidden, head = model(*arguments)[packed.row, packed.source], lambda logits: logits
+        logprobs = torch.cat([head(h).float().log_softmax(-1).gather(1, target[:, None])[:, 0]
+                              for h, target in zip(hidden.split(512), packed.target.split(512))])  # N x V is large
         rows, width = torch.tensor(batch, device=device), packed.mask.shape[1]
         support[rows, :width], mask[rows, :width] = packed.support(logprobs), packed.mask
     return support, mask

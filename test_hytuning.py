@@ -687,7 +687,8 @@ def test_an_answer_is_the_rest_of_the_last_markers_line(text, answer):
     ("1/2", "0.5", True), ("18%", "18", True), ("-5", "5", False), ("12", "13", False), ("x = 5", "5", True),
     ("3 apples", "3 oranges", False), ("3 of 4", "3", False), ("Paris", "paris", True), ("Paris", "Rome", False),
     ("12", "twelve", False), ("1/0", "1", False), (".5", "5", False), (".5", "0.5", True), ("-$5", "5", False),
-    ("-$5", "-5", True), ("\u22125", "-5", True), ("(B)", "B", True), ("yes!", "yes", True)])
+    ("-$5", "-5", True), ("\u22125", "-5", True), ("(B)", "B", True), ("yes!", "yes", True),
+    ("$", "!", False)])
 def test_answers_match(a, b, same):
     assert data.answers_match(a, b) == data.answers_match(b, a) == same
 
@@ -790,6 +791,25 @@ def test_a_folder_without_a_usable_tokenizer_is_named(tmp_path, toy):
             data.Text(tmp_path, [0])
     with pytest.raises(data.DataError, match="end token"):
         data.Text(toy[0])
+
+
+def test_an_end_token_that_the_tokenizer_shows_is_not_part_of_the_answer(toy, tmp_path):
+    text, folder = toy[1], tmp_path / "shown"
+    shutil.copytree(toy[0], folder)
+    table = json.loads((folder / "tokenizer.json").read_text())
+    for token in table["added_tokens"]:
+        token["special"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    shown = data.Text(folder, text.ends)
+    response = text.response("1 x", "y")
+    assert shown.parse([5], response) == text.parse([5], response)
+    assert shown.decode(response) == text.decode(response)
+
+
+def test_a_tokenizer_that_knows_no_text_is_named(tmp_path):
+    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(data.DataError, match="tokenizer.json"):
+        data.Text(tmp_path, [0]).prompt("a question")
 
 
 def test_a_response_that_is_no_text_has_no_answer(tmp_path):
@@ -936,6 +956,13 @@ def test_the_default_run_learns(toy_run):
     assert lines[-1]["loss_rd"] < 0.8 * lines[0]["loss_rd"]
     result = json.loads((cwd / "out/run/eval.json").read_text())
     assert result["final"]["accuracy"] > result["base"]["accuracy"] + 0.1
+
+
+def test_the_judge_does_not_learn(toy_run):
+    """All 16 traces are in every step: a frozen judge says the same of them while the policy learns them by heart."""
+    _, lines, _ = toy_run
+    for line in lines:
+        assert line["prg_traces"] == pytest.approx(lines[0]["prg_traces"], abs=1e-4)
 
 
 def test_the_evaluation_says_what_it_should(toy_run):
@@ -1292,6 +1319,12 @@ def test_nothing_to_resume_from_that_can_be_read(worlds):
     assert "checkpoint-000004.pt cannot be read" in done.stderr.splitlines()[-1]
 
 
+def test_the_newest_checkpoint_is_that_of_the_most_steps(tmp_path):
+    for step in (999980, 1000000):
+        (tmp_path / f"checkpoint-{step:06d}.pt").touch()
+    assert train.checkpoints(train.Settings(out=str(tmp_path)))[-1].name == "checkpoint-1000000.pt"
+
+
 @pytest.mark.parametrize("trainer, status, named", [
     ("RankFrozen", None, "rank 1 on "), ("RankKilled", -9, "rank 1 on "),
     ("RankFails", 2, "rank 1 has ended with UsageError: what was asked for cannot be"),
@@ -1339,7 +1372,7 @@ def test_what_goes_wrong_is_said_once():
 @pytest.mark.parametrize("arguments, named", [
     (["--model", "nowhere", "--method", "rd", "--labeled", "out/toy/labeled.jsonl"], "nowhere"),
     (["--labeled", "nowhere.jsonl"], "nowhere.jsonl"), (["--labeled", "bad.jsonl"], "bad.jsonl line 1"),
-    (["--model", "out/toy"], "--labeled"), (["--tau", "0"], "--tau")])
+    (["--model", "out/toy"], "--labeled"), (["--tau", "0"], "--tau"), (["--group_size", "1"], "--group_size")])
 def test_a_bad_command_line_ends_with_one_line(toy_run, arguments, named):
     write_lines(toy_run[0] / "bad.jsonl", "{")
     done = run(toy_run[0], "--out", "out/bad", *arguments)

@@ -123,6 +123,8 @@ def parse_arguments(argv=None) -> Settings:
     for name in ("seed", "steps", "temperature", "kl", "clip", "show", "max_labeled", "max_unlabeled", "max_eval"):
         if not 0 <= getattr(settings, name) < math.inf:
             raise UsageError(f"--{name} is {getattr(settings, name)}: give a number that is not negative")
+    if settings.group_size == 1 and settings.method != "rd":
+        raise UsageError("--group_size is 1: a rollout is compared with others of its query, so give at least 2")
     if not settings.marker.strip() or "\n" in settings.marker:
         raise UsageError("--marker is blank or longer than a line: give a word or two, such as 'Answer:'")
     if not 0 <= settings.anchor_decay < 1:
@@ -143,6 +145,8 @@ class World:
     """
 
     def __init__(self, device: str):
+        if os.environ.get("WORLD_SIZE", "1") != "1" and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+            raise UsageError("WORLD_SIZE is set, but not all else that torchrun sets: start with torchrun, or unset it")
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.signals = []  # SIGINT and SIGTERM that have come: finish the step, save, leave
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -208,6 +212,8 @@ class World:
             return
         if error is None:
             self.meet()
+            self.left.set()
+            dist.barrier()  # only then may rank 0, whose store the watch reads, go
         elif kind is RuntimeError or isinstance(error, dist.DistError):  # maybe a collective that lost a process:
             if self.signals:
                 self.end("another process has ended, and torchrun, which says which, asks for it")
@@ -327,8 +333,10 @@ class Trainer:
             self.policy = DistributedDataParallel(self.policy, gradient_as_bucket_view=True)
         self.optimizer = make_optimizer(self.model, s, world)
         # The judge of PRG stays as it is: one that learned with the rollouts would come to agree with their errors.
-        self.start = copy.deepcopy(self.model).requires_grad_(False).to(self.dtype)
+        self.start = copy.deepcopy(self.model).requires_grad_(False)
         self.reference = Policy(self.start) if s.kl else None
+        if not s.kl:  # which wants the policy's own arithmetic; a judge may round
+            self.start.to(self.dtype)
         # Master weights stay in float32; sampling reads them twice as fast from a bfloat16 copy.
         self.sampler = self.model if self.dtype == torch.float32 else copy.deepcopy(self.model).to(self.dtype)
         self.anchor, self.done, self.bad_steps = None, 0, 0
@@ -421,7 +429,7 @@ class Trainer:
         of_rollouts = self.totals(rollouts)
         of_traces = self.totals(traces)
         lam = self.weigh(rollouts, of_rollouts["count"], of_traces)
-        losses, norm = self.update(rollouts * (lam > 0) + traces * (lam < 1), lam,
+        losses, norm = self.update((rollouts if lam > 0 else []) + (traces if lam < 1 else []), lam,
                                    of_traces["length"], of_rollouts["count"])
         undecided = world.sum(torch.tensor(float(sum(abs(x.advantage) < 1e-3 for x in rollouts)), device=world.device))
         clock.append(self.now())
@@ -430,7 +438,7 @@ class Trainer:
         def mean(total, name):
             return total[name] / total["count"] if total["count"] else None
         seconds = [end - start for start, end in zip(clock, clock[1:])]
-        return {"step": self.done, "loss": hytuning.hytuning_loss(*losses, lam),
+        line = {"step": self.done, "loss": hytuning.hytuning_loss(*losses, lam),
                 "loss_rd": losses[0] if of_traces["count"] else None,
                 "loss_rlif": losses[1] if of_rollouts["count"] else None,  # 0 on policy, but its gradient is not
                 "lambda": lam, "anchor": self.anchor, "prg_rollouts": mean(of_rollouts, "prg"),
@@ -438,9 +446,10 @@ class Trainer:
                 "entropy": mean(of_rollouts, "entropy"), "response_length": mean(of_rollouts, "length"),
                 "answered": mean(of_rollouts, "complete"),
                 "undecided": undecided.item() / of_rollouts["count"] if of_rollouts["count"] else None,
-                "grad_norm": norm if math.isfinite(norm) else None,
-                "skipped": self.bad_steps, "tokens_per_second": of_rollouts["length"] / sum(seconds),
+                "grad_norm": norm, "skipped_in_a_row": self.bad_steps,
+                "tokens_per_second": of_rollouts["length"] / sum(seconds),
                 "seconds_sampling": seconds[0], "seconds_scoring": seconds[1], "seconds_update": seconds[2]}
+        return {k: v if v is not None and math.isfinite(v) else None for k, v in line.items()}  # nan is not JSON
 
     def batch(self, items: list, size: int) -> list:
         """This step's items, of all processes: an epoch is a shuffle, cut into whole batches without repeats."""
@@ -598,7 +607,7 @@ class Trainer:
             self.optimizer.consolidate_state_dict(to=0)
         if self.world.rank == 0:
             state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.done,
-                     "anchor": self.anchor, "settings": asdict(self.settings)}
+                     "anchor": self.anchor, "bad_steps": self.bad_steps, "settings": asdict(self.settings)}
             put(checkpoint_path(self.settings, self.done), lambda path: torch.save(state, path))
             for old in checkpoints(self.settings)[:-2]:
                 old.unlink()
@@ -627,7 +636,8 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.done, self.anchor = step, state["anchor"]
-        except (RuntimeError, ValueError, KeyError):
+            self.bad_steps = state["bad_steps"]
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             raise UsageError(f"{path} belongs to a model of another shape than {s.model}: use another --out") from None
         return True
 
@@ -638,7 +648,8 @@ def checkpoint_path(settings: Settings, step: int) -> Path:
 
 def checkpoints(settings: Settings) -> list[Path]:
     """Those in --out, the newest last."""
-    return sorted(Path(settings.out).glob("checkpoint-[0-9]*.pt"))
+    found = Path(settings.out).glob("checkpoint-[0-9]*.pt")
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # 1000000 comes after 999999
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -751,7 +762,7 @@ def learn(trainer: Trainer, out: Path) -> bool:
                     if value is not None:
                         board.add_scalar(name, value, line["step"])
             warn.about(line)
-            bar.set_postfix_str(f"lambda {line['lambda']:.2f}, PRG {line['prg_rollouts'] or 0:.2f}")
+            bar.set_postfix_str(f"lambda {line['lambda'] or 0:.2f}, PRG {line['prg_rollouts'] or 0:.2f}")
             bar.update()
             stopping = world.sum(torch.tensor(float(bool(stop)), device=world.device)).item() > 0
             if stopping or trainer.done % settings.save_every == 0 or trainer.done == settings.steps:
@@ -805,8 +816,8 @@ def open_tensorboard(folder: str):
 
 def print_table(world: World, results: dict):
     world.say("\n" + " " * 24 + "".join(f"{name:>8}" for name in results))
-    for key in next(iter(results.values())):
-        values = ["-" if result[key] is None else f"{result[key]:.3f}" if key != "n" else result[key]
+    for key in results["final"]:
+        values = ["-" if result.get(key) is None else f"{result[key]:.3f}" if key != "n" else result[key]
                   for result in results.values()]
         world.say(f"{key:24}" + "".join(f"{value:>8}" for value in values))
 
@@ -868,7 +879,8 @@ def study(seeds=range(5), folder=Path("out/study")):
         done = subprocess.run([sys.executable, __file__, *(str(x) for k, v in options.items() for x in (f"--{k}", v))],
                               env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
-            raise UsageError(f"the run in {out} failed: {done.stderr.strip().splitlines()[-1]}")
+            reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+            raise UsageError(f"the run in {out} failed: {reason}")
         return json.loads((out / "eval.json").read_text())
     jobs = [(method, seed) for seed in seeds for method in STUDY]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -894,7 +906,7 @@ T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  
 
 
 def main():
-    rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1" else ""
     for stream in (sys.stdout, sys.stderr):  # a character that the terminal does not know must not end a run
         stream.reconfigure(errors="backslashreplace")
     try:
