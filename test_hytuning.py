@@ -801,7 +801,8 @@ def test_an_end_token_that_the_tokenizer_shows_is_not_part_of_the_answer(toy, tm
         token["special"] = False
     (folder / "tokenizer.json").write_text(json.dumps(table))
     shown = data.Text(folder, text.ends)
-    response = text.response("1 x", "y")
+    record = data.Triage().record(data.np.random.default_rng(0))
+    response = text.response(record["reasoning"], record["answer"])
     assert shown.parse([5], response) == text.parse([5], response)
     assert shown.decode(response) == text.decode(response)
 
