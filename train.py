@@ -333,10 +333,10 @@ class Trainer:
             self.policy = DistributedDataParallel(self.policy, gradient_as_bucket_view=True)
         self.optimizer = make_optimizer(self.model, s, world)
         # The judge of PRG stays as it is: one that learned with the rollouts would come to agree with their errors.
-        self.start = copy.deepcopy(self.model).requires_grad_(False)
-        self.reference = Policy(self.start) if s.kl else None
+        self.judge_model = copy.deepcopy(self.model).requires_grad_(False)
+        self.reference = Policy(self.judge_model) if s.kl else None
         if not s.kl:  # which wants the policy's own arithmetic; a judge may round
-            self.start.to(self.dtype)
+            self.judge_model.to(self.dtype)
         # Master weights stay in float32; sampling reads them twice as fast from a bfloat16 copy.
         self.sampler = self.model if self.dtype == torch.float32 else copy.deepcopy(self.model).to(self.dtype)
         self.anchor, self.done, self.bad_steps = None, 0, 0
@@ -422,7 +422,7 @@ class Trainer:
         responses = self.sample(queries, s.group_size, s.temperature, seed=s.seed * 10**6 + self.done)
         rollouts = [self.sequence(prompt, response) for prompt, group in zip(queries, responses) for response in group]
         clock.append(self.now())
-        self.judge(rollouts + traces, self.start)
+        self.judge(rollouts + traces, self.judge_model)
         self.score(rollouts + traces)
         clock.append(self.now())
 
@@ -483,9 +483,10 @@ class Trainer:
         if s.method == "hytuning":
             w = hytuning.adaptive_weights(column("prg"), self.anchor or 0.0, s.tau)
             said = [self.text.decode(x.trace.tokens[x.trace.answer_start:]) if x.complete else None for x in rollouts]
-            same = [data.same_answers(said[i:i + s.group_size]) for i in range(0, len(said), s.group_size)]
-            same = torch.tensor(same, dtype=torch.long)
-            r, earned = (hytuning.pool_by_answer(values, same, s.group_size) for values in (w * r, w))
+            answers = torch.tensor([data.same_answers(said[i:i + s.group_size])
+                                    for i in range(0, len(said), s.group_size)], dtype=torch.long)
+            earned = hytuning.pool_by_answer(w, answers, s.group_size)
+            r = hytuning.pool_by_answer(w * r, answers, s.group_size)
         if self.extra_reward:
             r += torch.tensor([self.extra_reward(self.text.decode(x.ids[:x.prompt_length]),
                                                  self.text.decode(x.response)) for x in rollouts], dtype=torch.double)
@@ -863,6 +864,7 @@ def build_toy(world: World, folder=Path("out/toy")) -> Path:
 
 # For each method the learning rate and number of steps that were best on queries and seeds other than these.
 STUDY = {"rd": (2e-4, 120), "rlif": (5e-5, 10), "static": (1e-4, 60), "hytuning": (2e-4, 100)}
+T_95 = 2.776  # Student's t, two-sided, for the differences of five pairs
 
 
 def study(seeds=range(5), folder=Path("out/study")):
@@ -899,10 +901,7 @@ def study(seeds=range(5), folder=Path("out/study")):
     for name, values in table.items():
         row(name, values, 1)
     for name in list(STUDY)[1:]:
-        row(f"{name} − rd", table[name] - table["rd"], T_95[len(seeds)], sign="+")
-
-
-T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # Student's t, two-sided, by runs
+        row(f"{name} − rd", table[name] - table["rd"], T_95, sign="+")
 
 
 def main():
