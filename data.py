@@ -304,7 +304,7 @@ class Triage:
 
     A query lists findings, most of which point to one condition; a trace says line by line what each points
     to, then names the condition that came up most. The base model learns from careless authors, who state a
-    finding right only about half the time; of some findings a *popular misconception* is stated more often
+    finding right less than half the time; of some findings a *popular misconception* is stated more often
     than the truth. So support for an answer rises as findings agree, and a trace that goes wrong can end
     confident and wrong: the disease that HyTuning is for.
     """
