@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -1373,7 +1374,9 @@ def test_what_goes_wrong_is_said_once():
 @pytest.mark.parametrize("arguments, named", [
     (["--model", "nowhere", "--method", "rd", "--labeled", "out/toy/labeled.jsonl"], "nowhere"),
     (["--labeled", "nowhere.jsonl"], "nowhere.jsonl"), (["--labeled", "bad.jsonl"], "bad.jsonl line 1"),
-    (["--model", "out/toy"], "--labeled"), (["--tau", "0"], "--tau"), (["--group_size", "1"], "--group_size")])
+    (["--model", "out/toy"], "--labeled"), (["--tau", "0"], "--tau"), (["--group_size", "1"], "--group_size"),
+    pytest.param(["--tensorboard", "logs"], "pip install tensorboard",
+                 marks=pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is installed"))])
 def test_a_bad_command_line_ends_with_one_line(toy_run, arguments, named):
     write_lines(toy_run[0] / "bad.jsonl", "{")
     done = run(toy_run[0], "--out", "out/bad", *arguments)

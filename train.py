@@ -25,6 +25,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,8 @@ def parse_arguments(argv=None) -> Settings:
     for name in ("seed", "steps", "temperature", "kl", "clip", "show", "max_labeled", "max_unlabeled", "max_eval"):
         if not 0 <= getattr(settings, name) < math.inf:
             raise UsageError(f"--{name} is {getattr(settings, name)}: give a number that is not negative")
+    if settings.tensorboard and not find_spec("tensorboard"):
+        raise UsageError("--tensorboard needs a package that is not installed: pip install tensorboard")
     if settings.group_size == 1 and settings.method != "rd":
         raise UsageError("--group_size is 1: a rollout is compared with others of its query, so give at least 2")
     if not settings.marker.strip() or "\n" in settings.marker:
@@ -738,7 +741,8 @@ def learn(trainer: Trainer, out: Path) -> bool:
     settings, world, stop = trainer.settings, trainer.world, trainer.world.signals
     warn = Warnings(world)
     if world.rank == 0:
-        log, board = open_log(out / "metrics.jsonl", trainer.done), open_tensorboard(settings.tensorboard)
+        log = open_log(out / "metrics.jsonl", trainer.done)
+        board = open_tensorboard(settings.tensorboard, trainer.done)
         for old in [] if trainer.done else checkpoints(settings):  # of another run, not to be resumed by mistake
             world.say(f"removing {old}, since this run starts anew")
             old.unlink()
@@ -763,11 +767,13 @@ def learn(trainer: Trainer, out: Path) -> bool:
                     if value is not None:
                         board.add_scalar(name, value, line["step"])
             warn.about(line)
-            bar.set_postfix_str(f"lambda {line['lambda'] or 0:.2f}, PRG {line['prg_rollouts'] or 0:.2f}")
+            state = f"lambda {line['lambda'] or 0:.2f}, PRG {line['prg_rollouts'] or 0:.2f}"
+            bar.set_postfix_str(state)
             bar.update()
             stopping = world.sum(torch.tensor(float(bool(stop)), device=world.device)).item() > 0
             if stopping or trainer.done % settings.save_every == 0 or trainer.done == settings.steps:
                 trainer.save()
+                world.say(f"step {trainer.done} of {settings.steps}: {state}, saved")
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return not stopping
@@ -804,15 +810,11 @@ def open_log(path: Path, steps: int):
     return open(path, "a")
 
 
-def open_tensorboard(folder: str):
-    """A writer of TensorBoard's format, None for no folder. Raises UsageError where its package is missing."""
-    if not folder:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UsageError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
-    return SummaryWriter(folder)
+def open_tensorboard(folder: str, steps: int):
+    """A writer of TensorBoard's format, None for no folder, with the values of the first `steps` steps kept."""
+    if folder:
+        from torch.utils.tensorboard import SummaryWriter  # another package, so only where it is asked for
+        return SummaryWriter(folder, purge_step=steps + 1)
 
 
 def print_table(world: World, results: dict):
