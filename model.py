@@ -486,12 +486,12 @@ class Cache:
         self.filled = place >= -lengths[:, None]  # [families, slots]: not padding
 
     def mask(self, t: Tensor, window: int | None, groups: int) -> Tensor:
-        """Who sees what at time t: [families, 1, members x groups, width] bool."""
+        """What is added to the scores at time t: [families, 1, groups x members, width], 0 for what is seen or -inf."""
         time, owner = self.time[:self.width], self.owner[:self.width]
         seen = (time <= t) & (time > t - window) if window else time <= t
         own = (owner < 0) | (owner == torch.arange(self.members, device=owner.device)[:, None])
-        seen = seen & own & self.filled[:, None, :self.width]
-        return seen.repeat_interleave(groups, 1)[:, None]
+        seen = (seen & own & self.filled[:, None, :self.width]).repeat(1, groups, 1)[:, None]
+        return torch.zeros_like(seen, dtype=self.k[0].dtype).masked_fill(~seen, -math.inf)
 
     def prompts(self, families: Tensor):
         """`attend` for prompts [B, T]: as `attention`, and each is kept for all of its families [B, n]."""
@@ -503,18 +503,24 @@ class Cache:
 
     def step(self, t: Tensor, family: Tensor, member: Tensor):
         """`attend` for the tokens [R, 1] of time t [1]; each row is a member [R] of a family [R]."""
-        slot, masks = self.longest + t * self.members + member, {}
+        place, slots, masks = family * self.members + member, t * self.members + torch.arange(
+            self.longest, self.longest + self.members, device=t.device), {}
 
         def attend(i, q, k, v, _):
-            self.k[i][family, :, slot], self.v[i][family, :, slot] = k[:, :, 0], v[:, :, 0]
-            keys, values, window = self.k[i][:, :, :self.width], self.v[i][:, :, :self.width], self.windows[i]
-            groups = q.shape[1] // k.shape[1]
+            (H, H_kv), window = (q.shape[1], k.shape[1]), self.windows[i]
             if window not in masks:
-                masks[window] = self.mask(t, window, groups)
-            queries = q.new_zeros(*keys.shape[:2], self.members, groups, q.shape[-1])
-            queries[family, :, member] = q.reshape(len(q), -1, groups, q.shape[-1])
-            out = F.scaled_dot_product_attention(queries.flatten(2, 3), keys, values, attn_mask=masks[window])
-            return out.unflatten(2, (self.members, groups))[family, :, member].reshape(q.shape)
+                masks[window] = self.mask(t, window, H // H_kv)
+            # Rows into families; who has left is a member of zeros, at whom nobody looks.
+            rows = torch.cat((q, k, v), 1)[:, :, 0]
+            members = rows.new_zeros(len(self.filled) * self.members, *rows.shape[1:]).index_copy_(0, place, rows)
+            members = members.unflatten(0, (-1, self.members)).transpose(1, 2)  # [families, H + 2 H_kv, members, d]
+            q, k, v = members.split((H, H_kv, H_kv), 1)
+            self.k[i].index_copy_(2, slots, k)
+            self.v[i].index_copy_(2, slots, v)
+            out = F.scaled_dot_product_attention(  # heads that share a key head, and members: rows of one matrix
+                q.reshape(len(q), H_kv, -1, q.shape[-1]), self.k[i][:, :, :self.width], self.v[i][:, :, :self.width],
+                attn_mask=masks[window])
+            return out.reshape(q.shape).transpose(1, 2).flatten(0, 1).index_select(0, place)[:, :, None]
         return attend
 
     def keep(self, families: Tensor):
@@ -650,7 +656,7 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
         return logits.argmax(-1)
     if temperature != 1:
         logits = (logits.float() - logits.amax(-1, keepdim=True)) / temperature  # finite, however cold it is
-    p = logits.float().softmax(-1)
+    p = logits.to(torch.float32, memory_format=torch.contiguous_format).softmax(-1)
     if top_p < 1:
         p = p * (p >= nucleus(p, top_p))
     # Two levels, blocks and then tokens of one block: little to add up, and nothing lost in a long float sum.
