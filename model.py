@@ -503,8 +503,8 @@ class Cache:
 
     def step(self, t: Tensor, family: Tensor, member: Tensor):
         """`attend` for the tokens [R, 1] of time t [1]; each row is a member [R] of a family [R]."""
-        place, slots, masks = family * self.members + member, t * self.members + torch.arange(
-            self.longest, self.longest + self.members, device=t.device), {}
+        place, masks = family * self.members + member, {}
+        slots = self.longest + t * self.members + torch.arange(self.members, device=t.device)
 
         def attend(i, q, k, v, _):
             (H, H_kv), window = (q.shape[1], k.shape[1]), self.windows[i]
