@@ -1,6 +1,6 @@
 """Train with HyTuning: settings, the loop, evaluation, checkpoints. Read it from the top, or start at `train`.
 
-    python train.py                                                            # the toy task, about a minute
+    python train.py                                                            # the toy task, 80 seconds
     python train.py --model FOLDER --labeled a.jsonl --unlabeled b.jsonl --eval c.jsonl
     torchrun --nproc_per_node=8 train.py --model ...                           # the same on eight GPUs
 
@@ -161,7 +161,8 @@ class World:
                 raise RuntimeError("only cpu and cuda can")
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"--device {device} cannot be used here ({str(error).splitlines()[0]})") from None
+            raise UsageError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}): use "
+                             "--device cpu, or leave it out") from None
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.size > 1:
@@ -921,6 +922,7 @@ def main():
               "--checkpoint_activations or --zero", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("stopped at once; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
