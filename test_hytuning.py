@@ -31,7 +31,6 @@ from hytuning import (adaptive_weights, distillation_loss, entropy, group_advant
                       over_vocabulary, pool_by_answer, rlif_loss, self_certainty, token_logprobs)
 from model import CheckpointError, Config, Decoder, generate, load_pretrained, save_pretrained
 from prg import Trace, answer_support, auroc, brier_score, expected_calibration_error, progressive_reasoning_gain
-from train import Warnings
 
 try:
     from hypothesis import given, settings, strategies as st
@@ -919,21 +918,26 @@ def test_the_toys_files_are_disjoint_and_a_function_of_the_seed(toy, tmp_path):
 
 # ----------------------------------------------------------------------------------------------- train
 
-def run(cwd, *arguments, processes=1):
-    """`python train.py`, or torchrun, in cwd on the CPU."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    script = Path(__file__).with_name("train.py")
-    return subprocess.run([sys.executable, *torchrun * (processes > 1), script, "--device", "cpu",
-                           *map(str, arguments)], cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=600)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
 
 
-def trained(cwd, out, *arguments, **how) -> tuple[list[dict], dict]:
-    """(lines of metrics.jsonl, final weights) of a run that must succeed."""
-    done = run(cwd, "--out", out, *arguments, **how)
-    assert done.returncode == 0, done.stderr
+def run(cwd, *arguments):
+    """`python train.py` in cwd on the CPU."""
+    return subprocess.run([sys.executable, train.__file__, "--device", "cpu", *map(str, arguments)], cwd=cwd,
+                          env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+
+
+def outcome(cwd, out) -> tuple[list[dict], dict]:
+    """(lines of metrics.jsonl, final weights)"""
     lines = [json.loads(line) for line in (cwd / out / "metrics.jsonl").read_text().splitlines()]
     return lines, load_file(cwd / out / "model" / "model.safetensors")
+
+
+def trained(cwd, out, *arguments) -> tuple[list[dict], dict]:
+    """The outcome of a run that must succeed."""
+    done = run(cwd, "--out", out, *arguments)
+    assert done.returncode == 0, done.stderr
+    return outcome(cwd, out)
 
 
 EVALUATION = ["--max_eval", 40, "--eval_samples", 4]
@@ -1211,14 +1215,6 @@ def drive(cwd, *runs, processes=1, status=0):
     return done
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-
-
-def outcome(cwd, out) -> tuple[list[dict], dict]:
-    lines = [json.loads(line) for line in (cwd / out / "metrics.jsonl").read_text().splitlines()]
-    return lines, load_file(cwd / out / "model" / "model.safetensors")
-
-
 def batches(queries, group, traces):
     return [*SMALL, "--dtype", "float32", "--queries_per_step", queries, "--group_size", group,
             "--traces_per_step", traces]
@@ -1361,7 +1357,7 @@ def test_a_process_that_dies_or_fails_ends_the_others_by_name(worlds, tmp_path, 
 def test_what_goes_wrong_is_said_once():
     said = []
     world = type("World", (), {"say": said.append})
-    warnings, fine = Warnings(world), {"step": 1, "answered": 0.5, "entropy": 1.0, "response_length": 9.0}
+    warnings, fine = train.Warnings(world), {"step": 1, "answered": 0.5, "entropy": 1.0, "response_length": 9.0}
     for line in [fine] * 20 + [{**fine, "entropy": 0.0}] * 9 + [fine, dict.fromkeys(fine)] * 9:
         warnings.about(line)
     assert not said, "a floor for a short time, no rollouts at all: no reason to speak"
