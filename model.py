@@ -194,7 +194,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------- decoder
 
 class Linear(nn.Linear):
-    """torch's own, but for decoding on a CPU: with few rows it is faster to have the big matrix first."""
+    """torch's own, but for decoding on a CPU: with few rows it is faster to have the big matrix first.
+
+    The result is a transposed view, as good as any to add and multiply, but not to cut into heads.
+    """
 
     def forward(self, x):
         if x.device.type != "cpu" or x.shape[-2] > 1 or torch.is_grad_enabled() or self.bias is not None:
@@ -207,10 +210,10 @@ class Attention(nn.Module):
         super().__init__()
         d, qkv_bias = c.head_dim, c.attention_bias or c.qkv_bias
         self.head_dim = d
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * d, bias=qkv_bias)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * d, bias=qkv_bias)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * d, bias=qkv_bias)
-        self.o_proj = Linear(c.num_attention_heads * d, c.hidden_size, bias=c.attention_bias)
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * d, bias=qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * d, bias=qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * d, bias=qkv_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * d, c.hidden_size, bias=c.attention_bias)
         if c.qk_norm:
             self.q_norm, self.k_norm = nn.RMSNorm(d, c.rms_norm_eps), nn.RMSNorm(d, c.rms_norm_eps)
 
@@ -462,7 +465,7 @@ def put(path: Path, write):
 
 # -------------------------------------------------------------------------------------------- sampling
 
-FAMILY = 8  # samples of a prompt that attend together; with more, the masked part of their products would grow
+FAMILY = 4  # samples of a prompt that attend together; with more, the masked part of their products would grow
 
 
 class Cache:
@@ -559,9 +562,12 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
     done = torch.zeros(len(rows), dtype=torch.bool, device=device)
     t = torch.zeros(1, dtype=torch.long, device=device)
     token = torch.zeros(len(rows), dtype=torch.long, device=device)
+    # Rows whose probabilities are held at a time: on a CPU few, for memory that is still in its caches.
+    at_once = max(1, (2**25 if device.type == "cuda" else 2**19) // model.config.vocab_size)
 
     def choose(logits):
-        token.copy_(draw(logits, u[rows, t], temperature, top_p))
+        parts = zip(logits.split(at_once), u[rows, t].split(at_once))
+        token.copy_(torch.cat([draw(part, v, temperature, top_p) for part, v in parts]))
         out[rows, t] = torch.where(done[rows], -1, token)
         done[rows] |= (token[:, None] == ends).any(-1)
 

@@ -622,7 +622,7 @@ def test_greedy_is_the_argmax_of_passes_without_a_cache(options):
 
 
 ENDS = (3, 20, 40)
-SAMPLING = dict(samples_per_prompt=12, max_new_tokens=50, temperature=1.5, seed=7)  # a family of 8 and one of 4
+SAMPLING = dict(samples_per_prompt=10, max_new_tokens=50, temperature=1.5, seed=7)  # families of 4, 4 and 2
 
 
 @pytest.mark.parametrize("options", [{}, dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)])
@@ -630,7 +630,7 @@ SAMPLING = dict(samples_per_prompt=12, max_new_tokens=50, temperature=1.5, seed=
 def test_samples_are_those_of_passes_without_a_cache(options):
     """Each token is drawn again, from the logits of the whole text and the same random number."""
     model, n = tiny(**options), SAMPLING["max_new_tokens"]
-    u = decoder.uniforms(PROMPTS, 12, n, SAMPLING["seed"]).view(len(PROMPTS), 12, n)
+    u = decoder.uniforms(PROMPTS, 10, n, SAMPLING["seed"]).view(len(PROMPTS), 10, n)
     for prompt, group, numbers in zip(PROMPTS, generate(model, PROMPTS, eos_ids=ENDS, **SAMPLING), u):
         for sample, number in zip(group, numbers):
             logits = model(torch.tensor([prompt + sample]))[0, len(prompt) - 1:-1]
@@ -659,12 +659,12 @@ def test_samples_end_with_their_end_token_and_finished_rows_disturb_nobody():
 
 
 def test_samples_differ():
-    twelve = generate(MODEL, [[5, 6, 7]], **SAMPLING)[0]
-    assert len(set(map(tuple, twelve))) == 12
-    twice = generate(MODEL, [[5, 6, 7], [5, 6, 7]], **{**SAMPLING, "samples_per_prompt": 6})
-    assert twice[0] + twice[1] == twelve, "a prompt given twice goes on with new samples"
-    assert generate(MODEL, [[5, 6, 7]], **{**SAMPLING, "seed": 8})[0] != twelve
-    assert generate(MODEL, [[5, 6, 7]], **SAMPLING)[0] == twelve
+    ten = generate(MODEL, [[5, 6, 7]], **SAMPLING)[0]
+    assert len(set(map(tuple, ten))) == 10
+    twice = generate(MODEL, [[5, 6, 7], [5, 6, 7]], **{**SAMPLING, "samples_per_prompt": 5})
+    assert twice[0] + twice[1] == ten, "a prompt given twice goes on with new samples"
+    assert generate(MODEL, [[5, 6, 7]], **{**SAMPLING, "seed": 8})[0] != ten
+    assert generate(MODEL, [[5, 6, 7]], **SAMPLING)[0] == ten
 
 
 def test_a_prompt_that_cannot_be_read_is_refused():
