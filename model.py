@@ -77,13 +77,8 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value, kind = getattr(self, f.name), f.type | int if f.type is float else f.type
-            require(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
-                    f"{f.name} is {value!r}, which is not possible")
-            if isinstance(value, int | float):
-                least = 0 if f.type in (bool, float) or f.name == "max_window_layers" else 1
-                most = 2**12 if f.name == "num_hidden_layers" else 2**28
-                require(least <= value < most, f"{f.name} is {value!r}, which is not possible")
+            value = getattr(self, f.name)
+            require(is_possible(f.name, f.type, value), f"{f.name} is {value!r}, which is not possible")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         require(self.num_attention_heads % self.num_key_value_heads == 0 and self.head_dim % 2 == 0 < self.head_dim,
@@ -120,6 +115,18 @@ class Config:
         """The content of a config.json that `from_dict` and `transformers` read as this model."""
         made = {k: v for k, v in asdict(self).items() if v is not None and k not in ("raw", "qkv_bias", "qk_norm")}
         return dict(self.raw) or {**made, "architectures": [self.model_type.capitalize() + "ForCausalLM"]}
+
+
+def is_possible(name: str, kind, value) -> bool:
+    """Whether the value is of the type that its field has, and a number of the size that it has in some model."""
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)  # for Python True is an int
+    if not isinstance(value, kind | int if kind is float else kind):
+        return False
+    least, below = 0 if kind is float or name == "max_window_layers" else 1, 2**28
+    if name == "num_hidden_layers":
+        below = 2**12
+    return not isinstance(value, int | float) or least <= value < below
 
 
 # ------------------------------------------------------------------------------------------------ RoPE
@@ -386,8 +393,8 @@ def read_json(path: Path):
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): give the folder of a Hugging Face checkpoint"
-                              ) from None
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): give the folder of a checkpoint, or get "
+                              "one with 'hf download NAME --local-dir FOLDER'") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}): download it again") from None
 

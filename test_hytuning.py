@@ -11,6 +11,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -1399,11 +1400,90 @@ def test_a_piece_works_alone(name, toy_run, tmp_path):
     assert done.returncode == 0 and done.stdout, done.stderr
 
 
-def test_the_commands_of_the_readme_have_the_options_that_exist():
-    """Its runs on eight GPUs cannot be tried here, but a misspelt or removed option would be seen."""
+def test_a_reward_of_your_own(toy_run):
+    """The README's example, with a shorter run."""
+    example = re.search(r"```python\n(from train import .*?)```", README, re.S)[1]
+    shorter = [*SHORT, "--out", "out/own"]
+    prelude = ("import train\nparse = train.parse_arguments\n"
+               f"train.parse_arguments = lambda words: parse([*words, *{list(map(str, shorter))}])\n")
+    done = subprocess.run([sys.executable, "-c", prelude + example], cwd=toy_run[0], env=ENVIRONMENT,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and outcome(toy_run[0], "out/own"), done.stderr
+
+
+SHORT = [*SMALL, "--max_prompt_tokens", 64, "--queries_per_step", 2, "--group_size", 2, "--tokens_per_batch", 512,
+         "--steps", 1, "--device", "cpu"]
+# In place of python and torchrun: the words as printed and, behind them, what makes a run short; two processes for
+# eight GPUs, one machine for two.
+STAND_IN = """
+import os, sys
+name, *words = sys.argv[1:]
+for printed, here in ("_node=8", "_node=2"), ("--nnodes=2", "--nnodes=1"), ("HOST", "localhost"):
+    words = [word.replace(printed, here) for word in words]
+module = ["-m", "torch.distributed.run"] * (name == "torchrun")
+os.execv(sys.executable, [sys.executable, *module, *words, *SHORT])
+"""
+COMMANDS = [block for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+            if "pytest" not in block and "--study" not in block]  # this is pytest; the study has its own test
+
+
+@pytest.mark.parametrize("block", COMMANDS, ids=lambda block: " ".join(block.split())[:60])
+def test_a_command_of_the_readme(block, toy_run, tmp_path):
+    """As printed, in a folder with the project, a model and data of the names that it gives them."""
+    for name in ("README.md", "requirements.txt", "train.py", "hytuning.py", "model.py", "prg.py", "data.py"):
+        shutil.copy(Path(__file__).with_name(name), tmp_path)
+    toy = toy_run[0] / "out/toy"
+    for folder in ("out/toy", "FOLDER", "Qwen2.5-1.5B-Instruct"):
+        shutil.copytree(toy, tmp_path / folder)
+    labeled = data.read_jsonl(toy / "labeled.jsonl")
+    solved = [json.dumps({"question": r["prompt"], "answer": f"{r['reasoning']}\n#### {r['answer']}"})
+              for _, r in labeled]
+    for name in ("a", "b", "c", "gsm8k_train", "gsm8k_test"):
+        write_lines(tmp_path / f"{name}.jsonl", *solved)
+    (tmp_path / "stand_in.py").write_text(f"SHORT = {list(map(str, SHORT))}\n{STAND_IN}")
+    (tmp_path / "bin").mkdir()
+    for name, script in (("python", "exec {} stand_in.py python"), ("torchrun", "exec {} stand_in.py torchrun"),
+                         ("pip", "test -s requirements.txt && true")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script.format(shlex.quote(sys.executable))} \"$@\"\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {**ENVIRONMENT, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-ec", block], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          timeout=600)
+    assert done.returncode == 0, done.stderr
+    out = "out/qwen" if "out/qwen" in block else "out/run"
+    assert len(outcome(tmp_path, out)[0]) == 1 and (tmp_path / out / "eval.json").is_file()
+
+
+def test_the_options_that_the_readme_names_exist():
     commands = re.findall(r"train\.py((?: +(?:\\\n)?[^\s`#&]+)*)", README)
     assert sum("--model" in c for c in commands) >= 2
     for command in commands:
         words = re.sub(r"\\|\$DATA", "", command).split()
         if "--help" not in words:
             train.parse_arguments(words)
+
+
+def test_the_study_is_what_its_runs_say(toy_run, tmp_path, monkeypatch, capsys):
+    """Two seeds of one step: each number of the table, from the eval.json of the runs."""
+    write = data.Triage.write
+    monkeypatch.setattr(data.Triage, "write", lambda *where, **sizes: write(*where, queries=40, held_out=6, **sizes))
+    monkeypatch.setattr(train, "STUDY", {method: (1e-3, 1) for method in train.STUDY})
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(toy_run[0] / "out/toy", tmp_path / "out/toy")
+    train.study(seeds=range(2))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()
+            if line.startswith("|")]
+    columns = [name.replace(" ", "_") for name in rows[0][1:]]
+    assert "accuracy" in columns and "brier" in columns
+
+    def result(name, seed):
+        runs = json.loads((tmp_path / f"out/study/{name.replace('base', 'rd')}-{seed}/eval.json").read_text())
+        return {k: math.nan if v is None else v for k, v in runs["base" if name == "base" else "final"].items()}
+    found = {name: [result(name, seed) for seed in range(2)] for name in ("base", *train.STUDY)}
+    for name, *cells in rows[2:]:
+        method, _, other = name.partition(" − ")
+        for column, cell in zip(columns, cells, strict=True):
+            a, b = (x[column] - (y[column] if other else 0) for x, y in zip(found[method], found[other or "rd"]))
+            half = abs(a - b) / 2  # the standard error of a mean of two
+            assert cell == f"{(a + b) / 2:{'+' * bool(other)}.3f} ± {half * (train.T_95 if other else 1):.3f}"
+    assert [row[0] for row in rows[2:]] == [*found, *(f"{m} − rd" for m in train.STUDY if m != "rd")]

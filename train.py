@@ -98,8 +98,13 @@ class UsageError(ValueError):
     """Settings that do not fit together. The message is one sentence that says what to do."""
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse's own prints several lines
+        raise UsageError(f"{message}: python train.py --help lists all options")
+
+
 def parse_arguments(argv=None) -> Settings:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train with HyTuning. Without arguments: the toy task. README.md explains.", allow_abbrev=False,
         usage="python train.py [options]", formatter_class=lambda prog: argparse.HelpFormatter(prog, 4, 30))
     group, kinds = None, {int: "N", float: "X", str: "TEXT"}
@@ -268,7 +273,7 @@ class Sequence:
     prompt_length: int
     complete: bool = False  # ended by itself, with an answer that can be read
     supervised: bool = False
-    prg: float = -1.0
+    prg: float | None = None
     certainty: float = 0.0  # self-certainty, the mean over the response
     entropy: float = 0.0  # likewise
     logprobs: Tensor = None  # log pi of the response tokens, [T]
@@ -426,8 +431,9 @@ class Trainer:
         responses = self.sample(queries, s.group_size, s.temperature, seed=s.seed * 10**6 + self.done)
         rollouts = [self.sequence(prompt, response) for prompt, group in zip(queries, responses) for response in group]
         clock.append(self.now())
-        self.judge(rollouts + traces, self.judge_model)
-        self.score(rollouts + traces)
+        # What does not learn says the same of a trace at every step: it is asked once.
+        self.judge(rollouts + [x for x in traces if x.prg is None], self.judge_model)
+        self.score(rollouts)
         clock.append(self.now())
 
         of_rollouts = self.totals(rollouts)
@@ -472,32 +478,38 @@ class Trainer:
         return dict(zip(("count", *names), total.tolist()))
 
     def weigh(self, rollouts: list[Sequence], count: float, of_traces: dict[str, float]) -> float:
-        """Move the anchor, set each rollout's advantage, and return lambda: README, "The method"."""
+        """Set each rollout's advantage and return lambda: README, "The method"."""
         s = self.settings
-        mean = of_traces["prg"] / max(of_traces["count"], 1)
-        if of_traces["count"] and math.isfinite(mean):
-            self.anchor = mean if self.anchor is None else s.anchor_decay * self.anchor + (1 - s.anchor_decay) * mean
+        self.move_anchor(of_traces)
 
         def column(name):
             return torch.tensor([getattr(x, name) for x in rollouts], dtype=torch.double)
         # Both are divergences from the uniform distribution, never negative: a weight can only take away.
         uniform = math.log(self.model.config.vocab_size)
         r = column("certainty") if s.reward == "self_certainty" else uniform - column("entropy")
-        earned = torch.zeros(len(rollouts), dtype=torch.double)
+        e = torch.zeros(len(rollouts), dtype=torch.double)
         if s.method == "hytuning":
-            w = hytuning.adaptive_weights(column("prg"), self.anchor or 0.0, s.tau)
-            said = [self.text.decode(x.trace.tokens[x.trace.answer_start:]) if x.complete else None for x in rollouts]
-            answers = torch.tensor([data.same_answers(said[i:i + s.group_size])
-                                    for i in range(0, len(said), s.group_size)], dtype=torch.long)
-            earned = hytuning.pool_by_answer(w, answers, s.group_size)
-            r = hytuning.pool_by_answer(w * r, answers, s.group_size)
+            w, answers = hytuning.adaptive_weights(column("prg"), self.anchor or 0.0, s.tau), self.answers(rollouts)
+            r, e = (hytuning.pool_by_answer(values, answers, s.group_size) for values in (w * r, w))
         if self.extra_reward:
             r += torch.tensor([self.extra_reward(self.text.decode(x.ids[:x.prompt_length]),
                                                  self.text.decode(x.response)) for x in rollouts], dtype=torch.double)
         for x, advantage in zip(rollouts, hytuning.group_advantages(r, s.group_size).tolist()):
             x.advantage = advantage
-        mean = self.world.sum(earned.sum().to(self.world.device)).item() / max(count, 1)
+        mean = self.world.sum(e.sum().to(self.world.device)).item() / max(count, 1)
         return {"hytuning": mean, "static": 0.5, "rd": 0.0, "rlif": 1.0}[s.method]
+
+    def move_anchor(self, of_traces: dict[str, float]):
+        """A running mean of the supervised traces' PRG: a step sees a part of them."""
+        mean, d = of_traces["prg"] / max(of_traces["count"], 1), self.settings.anchor_decay
+        if of_traces["count"] and math.isfinite(mean):
+            self.anchor = mean if self.anchor is None else d * self.anchor + (1 - d) * mean
+
+    def answers(self, rollouts: list[Sequence]) -> Tensor:
+        """Numbers [N], the same for rollouts of a group that give the same answer."""
+        said = [self.text.decode(x.trace.tokens[x.trace.answer_start:]) if x.complete else None for x in rollouts]
+        groups = [said[i:i + self.settings.group_size] for i in range(0, len(said), self.settings.group_size)]
+        return torch.tensor([number for group in groups for number in data.same_answers(group)], dtype=torch.long)
 
     def update(self, sequences: list[Sequence], lam: float, tokens: float, rollouts: float):
         """One optimiser step (or --updates_per_batch); ([L_RD, L_RLIF], norm of the gradient)."""
@@ -543,7 +555,8 @@ class Trainer:
                 rd_rows = torch.tensor([x.supervised for x in batch], device=device)
                 more = {}
                 if s.updates_per_batch > 1:
-                    more["old_logprobs"] = table(torch.cat([x.logprobs for x in batch]))[~rd_rows]
+                    old = [torch.zeros(x.length, device=device) if x.supervised else x.logprobs for x in batch]
+                    more["old_logprobs"] = table(torch.cat(old))[~rd_rows]
                 if s.kl:
                     with self.amp():
                         more["reference_logprobs"] = table(self.reference(ids, row, source, target))[~rd_rows]
@@ -579,15 +592,7 @@ class Trainer:
                 np.mean([right(a) for a in answers]), right(winner), share, right(answer(single[0])),
                 np.mean([x.prg for x in rollouts[i]])])
             examples.append((question, gold, rollouts[i][0], winner, round(share * len(answers))))
-        single, correct, confidence, greedy, gain = world.sum(table).cpu().unbind(1)
-        wrong = confidence[correct == 0]
-        result = {"accuracy": single.mean().item(), "majority_accuracy": correct.mean().item(),
-                  "greedy_accuracy": greedy.mean().item(), "confidence": confidence.mean().item(),
-                  "confidence_when_wrong": wrong.mean().item(),
-                  "ece": prg.expected_calibration_error(confidence, correct),
-                  "brier": prg.brier_score(confidence, correct), "auroc": prg.auroc(confidence, correct),
-                  "prg": gain.mean().item(), "n": len(self.held_out)}
-        return {k: None if v != v else v for k, v in result.items()}, examples[:s.show]
+        return summary(*world.sum(table).cpu().unbind(1)), examples[:s.show]
 
     def show(self, examples):
         """Held-out queries with a rollout each: support after every step as a bar, PRG, the vote, the right answer."""
@@ -645,6 +650,18 @@ class Trainer:
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             raise UsageError(f"{path} belongs to a model of another shape than {s.model}: use another --out") from None
         return True
+
+
+def summary(single: Tensor, correct: Tensor, confidence: Tensor, greedy: Tensor, gain: Tensor) -> dict:
+    """What eval.json says, from a value for each held-out query, [N] each: share of samples that are right, whether
+    the majority is, its share of the votes, whether the greedy answer is right, and mean PRG."""
+    result = {"accuracy": single.mean().item(), "majority_accuracy": correct.mean().item(),
+              "greedy_accuracy": greedy.mean().item(), "confidence": confidence.mean().item(),
+              "confidence_when_wrong": confidence[correct == 0].mean().item(),
+              "ece": prg.expected_calibration_error(confidence, correct),
+              "brier": prg.brier_score(confidence, correct), "auroc": prg.auroc(confidence, correct),
+              "prg": gain.mean().item(), "n": len(correct)}
+    return {k: None if v != v else v for k, v in result.items()}  # nan, where nothing is wrong, is not JSON
 
 
 def checkpoint_path(settings: Settings, step: int) -> Path:
