@@ -66,7 +66,6 @@ class Settings:
     group_size: int = option(8, "rollouts of a query")
     traces_per_step: int = option(16, "supervised traces of a step, over all processes")
     tau: float = option(1.0, "softness of the gate on PRG / anchor")
-    anchor_decay: float = option(0.9, "decay per step of the running mean of the traces' PRG")
     temperature: float = option(1.0, "of sampling, in training and evaluation")
     reward: str = option("self_certainty", "of a rollout", choices=("self_certainty", "negative_entropy"))
     kl: float = option(0.0, "weight of the KL divergence from the starting model")
@@ -135,8 +134,6 @@ def parse_arguments(argv=None) -> Settings:
         raise UsageError("--group_size is 1: a rollout is compared with others of its query, so give at least 2")
     if not settings.marker.strip() or "\n" in settings.marker:
         raise UsageError("--marker is blank or longer than a line: give a word or two, such as 'Answer:'")
-    if not 0 <= settings.anchor_decay < 1:
-        raise UsageError(f"--anchor_decay is {settings.anchor_decay}: give a number from 0 to below 1")
     return settings
 
 
@@ -273,7 +270,7 @@ class Sequence:
     prompt_length: int
     complete: bool = False  # ended by itself, with an answer that can be read
     supervised: bool = False
-    prg: float | None = None
+    prg: float = -1.0
     certainty: float = 0.0  # self-certainty, the mean over the response
     entropy: float = 0.0  # likewise
     logprobs: Tensor = None  # log pi of the response tokens, [T]
@@ -348,7 +345,9 @@ class Trainer:
             self.judge_model.to(self.dtype)
         # Master weights stay in float32; sampling reads them twice as fast from a bfloat16 copy.
         self.sampler = self.model if self.dtype == torch.float32 else copy.deepcopy(self.model).to(self.dtype)
-        self.anchor, self.done, self.bad_steps = None, 0, 0
+        self.judge(self.traces, self.judge_model)
+        self.anchor = sum(x.prg for x in self.traces) / len(self.traces) if self.traces else None
+        self.done, self.bad_steps = 0, 0
 
     def load_data(self):
         s, skipped = self.settings, {}  # by flag, not by path: one file may serve two of them
@@ -431,14 +430,12 @@ class Trainer:
         responses = self.sample(queries, s.group_size, s.temperature, seed=s.seed * 10**6 + self.done)
         rollouts = [self.sequence(prompt, response) for prompt, group in zip(queries, responses) for response in group]
         clock.append(self.now())
-        # What does not learn says the same of a trace at every step: it is asked once.
-        self.judge(rollouts + [x for x in traces if x.prg is None], self.judge_model)
+        self.judge(rollouts, self.judge_model)
         self.score(rollouts)
         clock.append(self.now())
 
-        of_rollouts = self.totals(rollouts)
-        of_traces = self.totals(traces)
-        lam = self.weigh(rollouts, of_rollouts["count"], of_traces)
+        of_rollouts, of_traces = self.totals(rollouts), self.totals(traces)
+        lam = self.weigh(rollouts, of_rollouts["count"])
         losses, norm = self.update((rollouts if lam > 0 else []) + (traces if lam < 1 else []), lam,
                                    of_traces["length"], of_rollouts["count"])
         undecided = world.sum(torch.tensor(float(sum(abs(x.advantage) < 1e-3 for x in rollouts)), device=world.device))
@@ -452,9 +449,8 @@ class Trainer:
                 "loss_rd": losses[0] if of_traces["count"] else None,
                 "loss_rlif": losses[1] if of_rollouts["count"] else None,  # 0 on policy, but its gradient is not
                 "lambda": lam, "anchor": self.anchor, "prg_rollouts": mean(of_rollouts, "prg"),
-                "prg_traces": mean(of_traces, "prg"), "self_certainty": mean(of_rollouts, "certainty"),
-                "entropy": mean(of_rollouts, "entropy"), "response_length": mean(of_rollouts, "length"),
-                "answered": mean(of_rollouts, "complete"),
+                "self_certainty": mean(of_rollouts, "certainty"), "entropy": mean(of_rollouts, "entropy"),
+                "response_length": mean(of_rollouts, "length"), "answered": mean(of_rollouts, "complete"),
                 "undecided": undecided.item() / of_rollouts["count"] if of_rollouts["count"] else None,
                 "grad_norm": norm, "skipped_in_a_row": self.bad_steps,
                 "tokens_per_second": of_rollouts["length"] / sum(seconds),
@@ -477,10 +473,9 @@ class Trainer:
         total = self.world.sum(torch.tensor(sums, dtype=torch.double, device=self.world.device))
         return dict(zip(("count", *names), total.tolist()))
 
-    def weigh(self, rollouts: list[Sequence], count: float, of_traces: dict[str, float]) -> float:
+    def weigh(self, rollouts: list[Sequence], count: float) -> float:
         """Set each rollout's advantage and return lambda: README, "The method"."""
         s = self.settings
-        self.move_anchor(of_traces)
 
         def column(name):
             return torch.tensor([getattr(x, name) for x in rollouts], dtype=torch.double)
@@ -489,7 +484,7 @@ class Trainer:
         r = column("certainty") if s.reward == "self_certainty" else uniform - column("entropy")
         e = torch.zeros(len(rollouts), dtype=torch.double)
         if s.method == "hytuning":
-            w, answers = hytuning.adaptive_weights(column("prg"), self.anchor or 0.0, s.tau), self.answers(rollouts)
+            w, answers = hytuning.adaptive_weights(column("prg"), self.anchor, s.tau), self.answers(rollouts)
             r, e = (hytuning.pool_by_answer(values, answers, s.group_size) for values in (w * r, w))
         if self.extra_reward:
             r += torch.tensor([self.extra_reward(self.text.decode(x.ids[:x.prompt_length]),
@@ -498,12 +493,6 @@ class Trainer:
             x.advantage = advantage
         mean = self.world.sum(e.sum().to(self.world.device)).item() / max(count, 1)
         return {"hytuning": mean, "static": 0.5, "rd": 0.0, "rlif": 1.0}[s.method]
-
-    def move_anchor(self, of_traces: dict[str, float]):
-        """A running mean of the supervised traces' PRG: a step sees a part of them."""
-        mean, d = of_traces["prg"] / max(of_traces["count"], 1), self.settings.anchor_decay
-        if of_traces["count"] and math.isfinite(mean):
-            self.anchor = mean if self.anchor is None else d * self.anchor + (1 - d) * mean
 
     def answers(self, rollouts: list[Sequence]) -> Tensor:
         """Numbers [N], the same for rollouts of a group that give the same answer."""
@@ -617,7 +606,7 @@ class Trainer:
             self.optimizer.consolidate_state_dict(to=0)
         if self.world.rank == 0:
             state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.done,
-                     "anchor": self.anchor, "bad_steps": self.bad_steps, "settings": asdict(self.settings)}
+                     "bad_steps": self.bad_steps, "settings": asdict(self.settings)}
             put(checkpoint_path(self.settings, self.done), lambda path: torch.save(state, path))
             for old in checkpoints(self.settings)[:-2]:
                 old.unlink()
@@ -645,8 +634,7 @@ class Trainer:
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.done, self.anchor = step, state["anchor"]
-            self.bad_steps = state["bad_steps"]
+            self.done, self.bad_steps = step, state["bad_steps"]
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             raise UsageError(f"{path} belongs to a model of another shape than {s.model}: use another --out") from None
         return True
