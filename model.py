@@ -123,9 +123,8 @@ def is_possible(name: str, kind, value) -> bool:
         return kind is bool and isinstance(value, bool)  # for Python True is an int
     if not isinstance(value, kind | int if kind is float else kind):
         return False
-    least, below = 0 if kind is float or name == "max_window_layers" else 1, 2**28
-    if name == "num_hidden_layers":
-        below = 2**12
+    least = 0 if kind is float or name == "max_window_layers" else 1
+    below = 2**12 if name == "num_hidden_layers" else 2**28
     return not isinstance(value, int | float) or least <= value < below
 
 
