@@ -1381,6 +1381,7 @@ def test_what_goes_wrong_is_said_once():
     (["--model", "nowhere", "--method", "rd", "--labeled", "out/toy/labeled.jsonl"], "nowhere"),
     (["--labeled", "nowhere.jsonl"], "nowhere.jsonl"), (["--labeled", "bad.jsonl"], "bad.jsonl line 1"),
     (["--model", "out/toy"], "--labeled"), (["--tau", "0"], "--tau"), (["--group_size", "1"], "--group_size"),
+    (["--lerning_rate", "1"], "--help"), (["--lr", "much"], "--lr"),
     pytest.param(["--tensorboard", "logs"], "pip install tensorboard",
                  marks=pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is installed"))])
 def test_a_bad_command_line_ends_with_one_line(toy_run, arguments, named):
@@ -1442,16 +1443,16 @@ def test_a_command_of_the_readme(block, toy_run, tmp_path):
     toy = toy_run[0] / "out/toy"
     for folder in ("out/toy", "FOLDER", "Qwen2.5-1.5B-Instruct"):
         shutil.copytree(toy, tmp_path / folder)
-    labeled = data.read_jsonl(toy / "labeled.jsonl")
     solved = [json.dumps({"question": r["prompt"], "answer": f"{r['reasoning']}\n#### {r['answer']}"})
-              for _, r in labeled]
+              for _, r in data.read_jsonl(toy / "labeled.jsonl")]
     for name in ("a", "b", "c", "gsm8k_train", "gsm8k_test"):
         write_lines(tmp_path / f"{name}.jsonl", *solved)
     (tmp_path / "stand_in.py").write_text(f"SHORT = {list(map(str, SHORT))}\n{STAND_IN}")
     (tmp_path / "bin").mkdir()
-    for name, script in (("python", "exec {} stand_in.py python"), ("torchrun", "exec {} stand_in.py torchrun"),
-                         ("pip", "test -s requirements.txt && true")):
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script.format(shlex.quote(sys.executable))} \"$@\"\n")
+    stand_in = f"exec {shlex.quote(sys.executable)} stand_in.py"
+    for name, script in (("python", f'{stand_in} python "$@"'), ("torchrun", f'{stand_in} torchrun "$@"'),
+                         ("pip", "test -s requirements.txt")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     environment = {**ENVIRONMENT, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-ec", block], cwd=tmp_path, env=environment, capture_output=True, text=True,

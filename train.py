@@ -1,6 +1,6 @@
 """Train with HyTuning: settings, the loop, evaluation, checkpoints. Read it from the top, or start at `train`.
 
-    python train.py                                                            # the toy task, 80 seconds
+    python train.py                                                            # the toy task, 75 seconds
     python train.py --model FOLDER --labeled a.jsonl --unlabeled b.jsonl --eval c.jsonl
     torchrun --nproc_per_node=8 train.py --model ...                           # the same on eight GPUs
 
