@@ -1,15 +1,15 @@
 """HyTuning's losses: how a few supervised traces and many unlabeled queries share one update.
 
-    w_j = 2 sigmoid((min(PRG_j / max(a, 0.05), 1) - 1) / tau)   does rollout j earn its answer as the traces do?
+    w_j = 2 sigmoid(min((PRG_j - a) / max(a, 0.05), 0) / tau)   does rollout j earn its answer as the traces do?
     r_j = (1/G) sum of w_i * self-certainty_i                   certainty counts as far as it was earned, and for the
           over the i of its group with y_i = y_j                answer: whoever gives it gets what all have earned
     A_j = (r_j - mean of the group) / std of the group          GRPO's advantage
     L   = (1 - lambda) L_RD + lambda L_RLIF                     with lambda = mean_j e_j
 
-e_j is r_j without the certainty: the share of the group that has earned j's answer. No gradient flows through w, r,
-e, A or lambda: only the log-probabilities of the tokens have one. Every mean is a sum over what is given, divided by
-a count that may be passed in: with the global count, the losses of micro-batches and ranks add up to the loss of the
-whole batch.
+e_j is r_j without the certainty: the share of the group that has earned j's answer. In L_RD a supervised trace i
+counts v_i = w_i / mean w, since it may be wrong as well. No gradient flows through w, v, r, e, A or lambda: only the
+log-probabilities of the tokens have one. Every mean is a sum over what is given, divided by a count that may be
+passed in: with the global count, the losses of micro-batches and ranks add up to the loss of the whole batch.
 
 This file imports nothing of the project, so it can be taken alone. Next to read: data.py, then train.py.
 
@@ -58,14 +58,14 @@ def over_vocabulary(statistic, hidden: Tensor, lm_head, targets: Tensor, chunk: 
 # -------------------------------------------------------------------------------- advantages and weights
 
 def adaptive_weights(prg: Tensor, anchor, tau: float = 1.0) -> Tensor:
-    """w_j = 2 sigmoid((min(PRG_j / max(a, 0.05), 1) - 1) / tau), [N] in (0, 1], from PRG [N] and the anchor a.
+    """w_j = 2 sigmoid(min((PRG_j - a) / max(a, 0.05), 0) / tau), [N] in (0, 1], from PRG [N] and the anchor a.
 
     The anchor is the mean PRG of the supervised traces: w is 1 for a rollout that earns its answer as well as
     they do. Better pays nothing more, since support that rises more steadily than theirs comes from lines that
     all say the same, right or wrong. The floor of 0.05 keeps an anchor near 0 from turning the gate into a step.
     """
     anchor = torch.as_tensor(anchor, dtype=prg.dtype, device=prg.device)
-    return (2 * (((prg / anchor.clamp(min=0.05)).clamp(max=1) - 1) / tau).sigmoid()).detach()
+    return (2 * (((prg - anchor) / anchor.clamp(min=0.05)).clamp(max=0) / tau).sigmoid()).detach()
 
 
 def pool_by_answer(values: Tensor, answers: Tensor, group_size: int) -> Tensor:
@@ -98,8 +98,8 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
 def distillation_loss(logprobs: Tensor, mask: Tensor, tokens=None) -> Tensor:
     """L_RD = -sum(log pi(token)) / tokens: the mean negative log-likelihood of a response token, in nats.
 
-    logprobs [B, T] of the supervised traces, mask [B, T] of their response tokens; tokens defaults to
-    mask.sum().
+    logprobs [B, T] of the supervised traces, mask [B, T] of their response tokens, with a weight for each trace in
+    place of the 1 if they do not count alike; tokens defaults to mask.sum().
     """
     tokens = mask.sum() if tokens is None else tokens
     return -(logprobs * mask).sum() / tokens

@@ -244,10 +244,11 @@ def test_adaptive_weights_are_relative_to_the_anchor():
     prg = torch.linspace(-1, 1, 21, requires_grad=True)
     for anchor, tau in ((0.5, 0.25), (0.1, 0.1), (0.9, 1.0)):
         w = adaptive_weights(prg, anchor, tau)
-        close(w, [2 / (1 + math.exp(-(min(p / anchor, 1) - 1) / tau)) for p in prg.tolist()])
+        close(w, [2 / (1 + math.exp(-min((p - anchor) / anchor, 0) / tau)) for p in prg.tolist()])
         assert adaptive_weights(torch.tensor([anchor, 2 * anchor]), anchor, tau).tolist() == [1, 1], "more pays no more"
         assert (w.diff() >= 0).all() and not w.requires_grad
-    assert torch.equal(adaptive_weights(prg, -0.3), adaptive_weights(prg, 0.05)), "the anchor's floor"
+    for anchor in (-0.3, 0.0, 0.02):  # the floor: what is as good as the anchor counts in full, however low that is
+        close(adaptive_weights(prg, anchor), [2 / (1 + math.exp(-min((p - anchor) / 0.05, 0))) for p in prg.tolist()])
     assert adaptive_weights(prg, torch.tensor(0.4, requires_grad=True)).grad_fn is None
 
 
@@ -281,6 +282,9 @@ def test_losses_by_hand():
             gain = min(ratio * a, min(max(ratio, 1 - clip), 1 + clip) * a)
             gains += (gain - kl * (math.exp(start - now) - 1 - (start - now))) / len(tokens) / 4
     rd = distillation_loss(logprobs, mask)
+    w = torch.tensor([0.5, 2.0, 0.0, 1.5], dtype=torch.double)  # of the traces
+    close(distillation_loss(logprobs, w[:, None] * mask, 11),
+          sum(-w[j] * logprobs[j, t] for j in range(4) for t in range(5) if mask[j, t]) / 11)
     rlif = rlif_loss(logprobs, mask, A, old_logprobs=old, clip=clip, reference_logprobs=reference, kl=kl)
     close(rd, nll / 11)
     close(rlif, -gains)
@@ -373,16 +377,16 @@ def rope(kind, **more):
     return dict(rope_parameters=dict(rope_type=kind, rope_theta=5e3, **more))
 
 
-SHORT = dict(factor=4.0, original_max_position_embeddings=16)
+STRETCH = dict(factor=4.0, original_max_position_embeddings=16)
 CHECKPOINTS = {
     "llama": ("Llama", {}), "tied": ("Llama", dict(tie_word_embeddings=True)),
     "no GQA": ("Llama", dict(num_key_value_heads=6)), "one key head": ("Llama", dict(num_key_value_heads=1)),
     "biases": ("Llama", dict(attention_bias=True, mlp_bias=True)), "head_dim": ("Llama", dict(head_dim=16)),
     "linear": ("Llama", rope("linear", factor=4.0)),
-    "llama3": ("Llama", rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, **SHORT)),
-    "yarn": ("Qwen2", rope("yarn", **SHORT)),
+    "llama3": ("Llama", rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, **STRETCH)),
+    "yarn": ("Qwen2", rope("yarn", **STRETCH)),
     "yarn, all of it": ("Llama", rope("yarn", mscale=0.7, mscale_all_dim=0.3, beta_fast=16, truncate=False,
-                                      **SHORT)),
+                                      **STRETCH)),
     "mistral": ("Mistral", dict(sliding_window=7)), "mistral, no window": ("Mistral", dict(sliding_window=None)),
     "qwen2": ("Qwen2", {}), "qwen2, window off": ("Qwen2", dict(use_sliding_window=False, sliding_window=5)),
     "qwen2, window": ("Qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
@@ -979,6 +983,34 @@ def test_the_judge_does_not_learn(toy_run):
     for name, weight in start.named_parameters():
         assert torch.equal(weight, trainer.judge_model.get_parameter(name))
         assert not torch.equal(weight, trainer.model.get_parameter(name)), "or nothing was tested"
+
+
+def test_a_trace_whose_lines_do_not_earn_its_answer_counts_less(toy_run, tmp_path):
+    """By its own PRG under the starting model, in hytuning alone; and the loss is that of the weights."""
+    toy, path = toy_run[0] / "out/toy", tmp_path / "labeled.jsonl"
+    records = [json.loads(line) for line in (toy / "labeled.jsonl").read_text().splitlines()]
+    answers = sorted({r["answer"] for r in records})
+    for r in records[:4]:
+        r["answer"] = answers[answers.index(r["answer"]) - 1]  # another one
+    path.write_text("\n".join(map(json.dumps, records)))
+
+    def trainer(*more):
+        return train.Trainer(train.parse_arguments(map(str, [
+            "--model", toy, "--labeled", path, "--unlabeled", toy / "unlabeled.jsonl", *SHORT, *more])),
+                             train.World("cpu"))
+    weighed = trainer()
+    weight = torch.tensor([x.weight for x in weighed.traces])
+    close(weight.mean(), 1)
+    assert weight[:4].max() < 0.5 * weight[4:].mean()
+    close(weight, (w := adaptive_weights(torch.tensor([x.prg for x in weighed.traces]), weighed.anchor,
+                                         train.TRACE_TAU)) / w.mean(), 1e-5)
+    assert all(x.weight == 1 for x in trainer("--method", "rd").traces)
+
+    ids = [torch.tensor([x.ids]) for x in weighed.traces]
+    nll = [-token_logprobs(weighed.model(i)[0, :-1], i[0, 1:])[x.prompt_length - 1:].sum()
+           for i, x in zip(ids, weighed.traces)]
+    tokens = sum(x.length for x in weighed.traces)
+    close(weighed.backward(weighed.traces, 0.0, tokens, 1)[0], sum(w * n for w, n in zip(weight, nll)) / tokens, 1e-5)
 
 
 def test_the_evaluation_says_what_it_should(toy_run):

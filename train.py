@@ -263,6 +263,9 @@ class World:
 
 # ------------------------------------------------------------------------------------------- the method
 
+TRACE_TAU = 0.5  # softness of the gate on supervised traces
+
+
 @dataclass
 class Sequence:
     """A rollout or a supervised trace, and what the packed pass finds out about it."""
@@ -270,6 +273,7 @@ class Sequence:
     prompt_length: int
     complete: bool = False  # ended by itself, with an answer that can be read
     supervised: bool = False
+    weight: float = 1.0  # of a supervised trace in L_RD
     prg: float = -1.0
     certainty: float = 0.0  # self-certainty, the mean over the response
     entropy: float = 0.0  # likewise
@@ -345,8 +349,7 @@ class Trainer:
             self.judge_model.to(self.dtype)
         # Master weights stay in float32; sampling reads them twice as fast from a bfloat16 copy.
         self.sampler = self.model if self.dtype == torch.float32 else copy.deepcopy(self.model).to(self.dtype)
-        self.judge(self.traces, self.judge_model)
-        self.anchor = sum(x.prg for x in self.traces) / len(self.traces) if self.traces else None
+        self.weigh_traces()
         self.done, self.bad_steps = 0, 0
 
     def load_data(self):
@@ -368,6 +371,19 @@ class Trainer:
             if count:
                 self.world.say(f"--{name} {getattr(s, name)}: {count} records skipped, longer than --max_prompt_tokens "
                                "or --max_new_tokens")
+
+    def weigh_traces(self):
+        """Set the anchor and, for hytuning, how much each supervised trace counts: README, "The method"."""
+        world, mine, self.anchor = self.world, self.world.mine(self.traces), None
+        self.judge(mine, self.judge_model)
+        gains = torch.zeros(len(self.traces), dtype=torch.double, device=world.device)
+        gains[world.rank::world.size] = torch.tensor([x.prg for x in mine], dtype=torch.double, device=world.device)
+        if self.traces:
+            gains = world.sum(gains).cpu()
+            self.anchor = gains.mean().item()
+            w = hytuning.adaptive_weights(gains, self.anchor, TRACE_TAU)
+            for x, weight in zip(self.traces, (w / w.mean()).tolist()):
+                x.weight = weight if self.settings.method == "hytuning" else 1.0
 
     def amp(self):
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -550,7 +566,8 @@ class Trainer:
                     with self.amp():
                         more["reference_logprobs"] = table(self.reference(ids, row, source, target))[~rd_rows]
                 A = torch.tensor([x.advantage for x in batch], device=device)[~rd_rows]
-                L_RD = hytuning.distillation_loss(logprobs[rd_rows], mask[rd_rows], tokens)
+                w = torch.tensor([x.weight for x in batch], device=device)[:, None]
+                L_RD = hytuning.distillation_loss(logprobs[rd_rows], (w * mask)[rd_rows], tokens)
                 L_RLIF = hytuning.rlif_loss(logprobs[~rd_rows], mask[~rd_rows], A, rollouts,
                                             clip=s.clip, kl=s.kl, **more)
                 (hytuning.hytuning_loss(L_RD, L_RLIF, lam) * self.world.size).backward()
