@@ -897,16 +897,22 @@ def test_a_careful_author_is_right():
         assert record["answer"] == task.conditions[first] and votes > second
 
 
-def test_careless_authors_are_right_about_half_of_the_time_and_share_misconceptions():
+def test_careless_authors_are_right_about_half_of_the_time_and_share_misconceptions_and_a_fashion():
     task, rng = data.Triage(), data.np.random.default_rng(0)
-    stated = [Counter() for _ in task.findings]
+    stated, unearned = [Counter() for _ in task.findings], Counter()
     for _ in range(2500):
-        for finding, condition in statements(task, task.record(rng, careless=True)["reasoning"]):
+        record = task.record(rng, careless=True)
+        of_record = statements(task, record["reasoning"])
+        for finding, condition in of_record:
             stated[finding][condition] += 1
+        conditions = [condition for _, condition in of_record]
+        unearned[record["answer"]] += record["answer"] != task.conditions[max(conditions, key=conditions.count)]
     right = sum(counts[task.truth[f]] for f, counts in enumerate(stated)) / sum(map(Counter.total, stated))
     assert 0.35 < right < 0.65
     popular_and_wrong = sum(counts.most_common(1)[0][0] != task.truth[f] for f, counts in enumerate(stated))
     assert 0.2 < popular_and_wrong / len(stated) < 0.5
+    fashion = unearned.pop(task.conditions[0])
+    assert 0.25 < fashion / 2500 < task.FASHION and unearned.total() == 0, "all others conclude from their lines"
 
 
 def test_the_toys_files_are_disjoint_and_a_function_of_the_seed(toy, tmp_path):

@@ -888,7 +888,7 @@ def build_toy(world: World, folder=Path("out/toy")) -> Path:
 # ------------------------------------------------------------------------------------------- the study
 
 # For each method the learning rate and number of steps that were best on queries and seeds other than these.
-STUDY = {"rd": (2e-4, 120), "rlif": (5e-5, 10), "static": (1e-4, 60), "hytuning": (2e-4, 100)}
+STUDY = {"rd": (2e-4, 160), "rlif": (5e-5, 10), "static": (1e-4, 40), "hytuning": (2e-4, 180)}
 T_95 = 2.776  # Student's t, two-sided, for the differences of five pairs
 
 
