@@ -305,12 +305,10 @@ class Triage:
     A query lists findings, most of which point to one condition; a trace says line by line what each points
     to, then names the condition that came up most. The base model learns from careless authors, who state a
     finding right less than half the time; of some findings a *popular misconception* is stated more often
-    than the truth; and a third of the authors follow a *fashion*: whatever they wrote, they name one and the
-    same condition. So support for an answer rises as findings agree, but a trace may end confident and wrong,
-    and an answer that many give may be earned by none: the disease that HyTuning is for.
+    than the truth. So support for an answer rises as findings agree, and a trace that goes wrong can end
+    confident and wrong: the disease that HyTuning is for.
     """
     FINDINGS, CONDITIONS, LISTED, AGREEING = 192, 8, 6, 4
-    FASHION = 1 / 3  # share of careless authors whose answer is the first condition, not what their lines say
 
     def __init__(self, seed: int = 0):
         rng = np.random.default_rng([seed, 0])
@@ -352,8 +350,6 @@ class Triage:
         findings, _ = self.query(rng)
         stated = [rng.choice(self.CONDITIONS, p=self.believed[f]) if careless else self.truth[f] for f in findings]
         reasoning, answer = self.solution(findings, stated)
-        if careless and rng.random() < self.FASHION:
-            answer = self.conditions[0]
         return {"prompt": self.question(findings), "reasoning": reasoning, "answer": answer}
 
     def write(self, folder, seed: int = 0, traces: int = 16, queries: int = 2000, held_out: int = 200):

@@ -57,7 +57,7 @@ def over_vocabulary(statistic, hidden: Tensor, lm_head, targets: Tensor, chunk: 
 
 # -------------------------------------------------------------------------------- advantages and weights
 
-def adaptive_weights(prg: Tensor, anchor, tau: float = 1.0) -> Tensor:
+def adaptive_weights(prg: Tensor, anchor, tau: float = 0.5) -> Tensor:
     """w_j = 2 sigmoid(min((PRG_j - a) / max(a, 0.05), 0) / tau), [N] in (0, 1], from PRG [N] and the anchor a.
 
     The anchor is the mean PRG of the supervised traces: w is 1 for a rollout that earns its answer as well as

@@ -248,7 +248,8 @@ def test_adaptive_weights_are_relative_to_the_anchor():
         assert adaptive_weights(torch.tensor([anchor, 2 * anchor]), anchor, tau).tolist() == [1, 1], "more pays no more"
         assert (w.diff() >= 0).all() and not w.requires_grad
     for anchor in (-0.3, 0.0, 0.02):  # the floor: what is as good as the anchor counts in full, however low that is
-        close(adaptive_weights(prg, anchor), [2 / (1 + math.exp(-min((p - anchor) / 0.05, 0))) for p in prg.tolist()])
+        close(adaptive_weights(prg, anchor, 1.0), [2 / (1 + math.exp(-min((p - anchor) / 0.05, 0))) for p in prg.tolist()])
+    close(adaptive_weights(prg, 0.3, tau=1e9), torch.ones(21))  # as the README says
     assert adaptive_weights(prg, torch.tensor(0.4, requires_grad=True)).grad_fn is None
 
 
@@ -897,22 +898,16 @@ def test_a_careful_author_is_right():
         assert record["answer"] == task.conditions[first] and votes > second
 
 
-def test_careless_authors_are_right_about_half_of_the_time_and_share_misconceptions_and_a_fashion():
+def test_careless_authors_are_right_about_half_of_the_time_and_share_misconceptions():
     task, rng = data.Triage(), data.np.random.default_rng(0)
-    stated, unearned = [Counter() for _ in task.findings], Counter()
+    stated = [Counter() for _ in task.findings]
     for _ in range(2500):
-        record = task.record(rng, careless=True)
-        of_record = statements(task, record["reasoning"])
-        for finding, condition in of_record:
+        for finding, condition in statements(task, task.record(rng, careless=True)["reasoning"]):
             stated[finding][condition] += 1
-        conditions = [condition for _, condition in of_record]
-        unearned[record["answer"]] += record["answer"] != task.conditions[max(conditions, key=conditions.count)]
     right = sum(counts[task.truth[f]] for f, counts in enumerate(stated)) / sum(map(Counter.total, stated))
     assert 0.35 < right < 0.65
     popular_and_wrong = sum(counts.most_common(1)[0][0] != task.truth[f] for f, counts in enumerate(stated))
     assert 0.2 < popular_and_wrong / len(stated) < 0.5
-    fashion = unearned.pop(task.conditions[0])
-    assert 0.25 < fashion / 2500 < task.FASHION and unearned.total() == 0, "all others conclude from their lines"
 
 
 def test_the_toys_files_are_disjoint_and_a_function_of_the_seed(toy, tmp_path):
@@ -1008,8 +1003,8 @@ def test_a_trace_whose_lines_do_not_earn_its_answer_counts_less(toy_run, tmp_pat
     weight = torch.tensor([x.weight for x in weighed.traces])
     close(weight.mean(), 1)
     assert weight[:4].max() < 0.5 * weight[4:].mean()
-    close(weight, (w := adaptive_weights(torch.tensor([x.prg for x in weighed.traces]), weighed.anchor,
-                                         train.TRACE_TAU)) / w.mean(), 1e-5)
+    w = adaptive_weights(torch.tensor([x.prg for x in weighed.traces]), weighed.anchor, weighed.settings.tau)
+    close(weight, w / w.mean(), 1e-5)
     assert all(x.weight == 1 for x in trainer("--method", "rd").traces)
 
     ids = [torch.tensor([x.ids]) for x in weighed.traces]

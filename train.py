@@ -65,7 +65,7 @@ class Settings:
     queries_per_step: int = option(16, "unlabeled queries of a step, over all processes")
     group_size: int = option(8, "rollouts of a query")
     traces_per_step: int = option(16, "supervised traces of a step, over all processes")
-    tau: float = option(1.0, "softness of the gate on PRG / anchor")
+    tau: float = option(0.5, "softness of the gate on PRG / anchor")
     temperature: float = option(1.0, "of sampling, in training and evaluation")
     reward: str = option("self_certainty", "of a rollout", choices=("self_certainty", "negative_entropy"))
     kl: float = option(0.0, "weight of the KL divergence from the starting model")
@@ -263,9 +263,6 @@ class World:
 
 # ------------------------------------------------------------------------------------------- the method
 
-TRACE_TAU = 0.5  # softness of the gate on supervised traces
-
-
 @dataclass
 class Sequence:
     """A rollout or a supervised trace, and what the packed pass finds out about it."""
@@ -381,7 +378,7 @@ class Trainer:
         if self.traces:
             gains = world.sum(gains).cpu()
             self.anchor = gains.mean().item()
-            w = hytuning.adaptive_weights(gains, self.anchor, TRACE_TAU)
+            w = hytuning.adaptive_weights(gains, self.anchor, self.settings.tau)
             for x, weight in zip(self.traces, (w / w.mean()).tolist()):
                 x.weight = weight if self.settings.method == "hytuning" else 1.0
 
@@ -888,7 +885,7 @@ def build_toy(world: World, folder=Path("out/toy")) -> Path:
 # ------------------------------------------------------------------------------------------- the study
 
 # For each method the learning rate and number of steps that were best on queries and seeds other than these.
-STUDY = {"rd": (2e-4, 160), "rlif": (5e-5, 10), "static": (1e-4, 40), "hytuning": (2e-4, 180)}
+STUDY = {"rd": (2e-4, 120), "rlif": (5e-5, 10), "static": (1e-4, 60), "hytuning": (2e-4, 140)}
 T_95 = 2.776  # Student's t, two-sided, for the differences of five pairs
 
 
