@@ -247,8 +247,8 @@ def test_adaptive_weights_are_relative_to_the_anchor():
         close(w, [2 / (1 + math.exp(-min((p - anchor) / anchor, 0) / tau)) for p in prg.tolist()])
         assert adaptive_weights(torch.tensor([anchor, 2 * anchor]), anchor, tau).tolist() == [1, 1], "more pays no more"
         assert (w.diff() >= 0).all() and not w.requires_grad
-    for anchor in (-0.3, 0.0, 0.02):  # the floor: what is as good as the anchor counts in full, however low that is
-        close(adaptive_weights(prg, anchor, 1.0), [2 / (1 + math.exp(-min((p - anchor) / 0.05, 0))) for p in prg.tolist()])
+    for a in (-0.3, 0.0, 0.02):  # the floor: what is as good as the anchor counts in full, however low that is
+        close(adaptive_weights(prg, a, 1.0), [2 / (1 + math.exp(-min((p - a) / 0.05, 0))) for p in prg.tolist()])
     close(adaptive_weights(prg, 0.3, tau=1e9), torch.ones(21))  # as the README says
     assert adaptive_weights(prg, torch.tensor(0.4, requires_grad=True)).grad_fn is None
 
