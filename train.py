@@ -371,16 +371,19 @@ class Trainer:
 
     def weigh_traces(self):
         """Set the anchor and, for hytuning, how much each supervised trace counts: README, "The method"."""
-        world, mine, self.anchor = self.world, self.world.mine(self.traces), None
+        self.anchor = None
+        if not self.traces:
+            return
+        world, mine = self.world, self.world.mine(self.traces)
         self.judge(mine, self.judge_model)
         gains = torch.zeros(len(self.traces), dtype=torch.double, device=world.device)
         gains[world.rank::world.size] = torch.tensor([x.prg for x in mine], dtype=torch.double, device=world.device)
-        if self.traces:
-            gains = world.sum(gains).cpu()
-            self.anchor = gains.mean().item()
+        gains = world.sum(gains).cpu()
+        self.anchor = gains.mean().item()
+        if self.settings.method == "hytuning":
             w = hytuning.adaptive_weights(gains, self.anchor, self.settings.tau)
             for x, weight in zip(self.traces, (w / w.mean()).tolist()):
-                x.weight = weight if self.settings.method == "hytuning" else 1.0
+                x.weight = weight
 
     def amp(self):
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
