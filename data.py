@@ -158,7 +158,7 @@ class Text:
         starts = [m.start(1) for m in re.finditer(r"^[^\S\n]*(\S)", text[:found[0]], re.MULTILINE)]
         K = min(len(starts), self.max_steps)
         chosen = [starts[k * len(starts) // K] for k in range(1, K)]
-        cuts = sorted({0, *(token_at(ends, offset) for offset in chosen), marker})
+        cuts = sorted({0, *(token_at(ends, offset) for offset in chosen), marker}) if starts else [0]
         cuts = [len(prompt) + cut for cut in cuts]
         return prompt + response[:stop + 1], cuts, len(prompt) + start, response[stop + 1:]
 

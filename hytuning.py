@@ -126,5 +126,5 @@ def rlif_loss(logprobs: Tensor, mask: Tensor, advantages: Tensor, rollouts=None,
 
 
 def hytuning_loss(rd: Tensor, rlif: Tensor, lam) -> Tensor:
-    """L = (1 - lambda) L_RD + lambda L_RLIF. While rollouts reason worse than the anchor, RD leads."""
+    """L = (1 - lambda) L_RD + lambda L_RLIF. While rollouts disagree, or reason worse than the anchor, RD leads."""
     return (1 - lam) * rd + lam * rlif

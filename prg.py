@@ -45,7 +45,7 @@ class Packed:
 
     Copy k sees the prefix up to cut k and itself, at the positions it would have there; the answer that ends
     the trace itself serves as copy K. So a trace of T tokens with an answer of A (marker included) costs
-    T + K A tokens instead of the (K+1) T of separate passes, and gives the same numbers.
+    T + K (A - 1) tokens instead of the (K+1) T of separate passes, and gives the same numbers.
     """
     input_ids: Tensor  # [B, W]
     position_ids: Tensor  # [B, W]
@@ -72,15 +72,15 @@ def pack(traces: list[Trace], device=None) -> Packed:
         K, end = len(trace.cuts) - 1, len(trace.tokens)
         row = trace.tokens + trace.tail
         position, owner, limit = list(range(len(row))), [0] * len(row), [end + len(trace.tail)] * len(row)
-        answer = trace.tokens[trace.cuts[K]:]  # with its marker; the last token predicts nothing and is left out
+        block = trace.tokens[trace.cuts[K]:]  # marker and answer; the last token predicts nothing and is not copied
         for k in range(K + 1 if end > trace.answer_start else 0):
             cut, start = trace.cuts[k], trace.cuts[K] if k == K else len(row)
             if k < K:
-                row, n = row + answer[:-1], len(answer) - 1
+                row, n = row + block[:-1], len(block) - 1
                 position += range(cut, cut + n)
                 owner, limit = owner + [k + 1] * n, limit + [cut] * n
-            for t in range(trace.answer_start - trace.cuts[K], len(answer)):
-                cells.append((b, k, start + t - 1 if t else cut - 1, answer[t]))
+            for t in range(trace.answer_start - trace.cuts[K], len(block)):  # t is 0 if there is no marker
+                cells.append((b, k, start + t - 1 if t else cut - 1, block[t]))
         ids.append(row), positions.append(position), owners.append(owner), limits.append(limit)
 
     W, K_max = max(map(len, ids)), max(len(trace.cuts) for trace in traces) - 1
@@ -148,7 +148,8 @@ def progressive_reasoning_gain(support: Tensor, mask: Tensor) -> Tensor:
         g_k = p_k - p_{k-1},   D = p_K - p_0,   PRG = D * D^2 / (K * sum_k g_k^2)
 
     The factor after D is the steadiness, in [0, 1] by Cauchy-Schwarz: 1 if every step adds the same, 1/K if
-    one step does it all. PRG is 0 where nothing changes, and -1 for a row whose mask is empty: no answer.
+    one step does it all, as the only step of K = 1 does. PRG is 0 where nothing changes, and -1 for a row whose
+    mask is empty: no answer.
     The name and the idea are HyTuning's (arXiv 2604.08454); the formula is this project's.
     """
     p = support.double()

@@ -776,6 +776,12 @@ def test_a_response_without_an_answer_has_none(toy):
         assert text.parse(whole[:2], whole[2:]) == (whole, [2], len(whole), [])
 
 
+def test_an_empty_line_is_no_step(chat):
+    text = chat(CHATML)
+    for blank in ("", "\n", " \n\n"):
+        assert text.parse([1, 2], text.encode(f"{blank}Answer: 7"))[1] == [2]
+
+
 def test_prompts_have_the_chat_format_and_special_tokens_in_a_question_stay_text(chat):
     for special, before, after in (
             (CHATML, "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
@@ -1014,6 +1020,26 @@ def test_a_trace_whose_lines_do_not_earn_its_answer_counts_less(toy_run, tmp_pat
     close(weighed.backward(weighed.traces, 0.0, tokens, 1)[0], sum(w * n for w, n in zip(weight, nll)) / tokens, 1e-5)
 
 
+def test_what_has_no_answer_earns_nothing(toy_run):
+    """Whatever the anchor: however little a gate let through, an advantage would make it large."""
+    toy = toy_run[0] / "out/toy"
+    files = [x for name in ("labeled", "unlabeled") for x in (f"--{name}", toy / f"{name}.jsonl")]
+    trainer = train.Trainer(train.parse_arguments(map(str, ["--model", toy, *files, *SHORT, "--group_size", 4])),
+                            train.World("cpu"))
+    response = trainer.traces[0].response
+
+    def weighed(*responses):
+        rollouts = [trainer.sequence([3], response) for response in responses]
+        for i, x in enumerate(rollouts):
+            x.certainty = 10.0 + i
+        trainer.judge(rollouts, trainer.judge_model)
+        trainer.anchor = 0.9
+        return trainer.weigh(rollouts, len(rollouts)), [x.advantage for x in rollouts]
+    assert weighed(*[response[:-3]] * 4) == (0, [0, 0, 0, 0])
+    lam, advantages = weighed(response, *[response[:-3]] * 3)
+    assert lam > 0 and advantages[0] > 1 and len(set(advantages[1:])) == 1
+
+
 def test_the_evaluation_says_what_it_should(toy_run):
     cwd, _, output = toy_run
     result = json.loads((cwd / "out/run/eval.json").read_text())
@@ -1052,7 +1078,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(toy_run):
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
     for a, b in zip(lines, resumed_lines, strict=True):
         assert all(a[k] == b[k] for k in a if "second" not in k)
-    assert "final" in json.loads((cwd / "out/parts/eval.json").read_text())
+    assert set(json.loads((cwd / "out/parts/eval.json").read_text())) == {"base", "final"}
+    trained(cwd, "out/parts", "--steps", 6, "--resume", *few, "--eval_samples", 3)
+    assert set(json.loads((cwd / "out/parts/eval.json").read_text())) == {"final"}, "the base had another evaluation"
     refused = run(cwd, "--out", "out/parts", "--resume", "--steps", 8, "--lr", 1, *few)
     assert refused.returncode == 2 and "--lr" in refused.stderr
 
@@ -1410,10 +1438,15 @@ def test_what_goes_wrong_is_said_once():
     assert len(said) == 2 and "--lr" in said[0] and "--max_new_tokens" in said[1]
 
 
+RD = ["--model", "out/toy", "--method", "rd", *map(str, SHORT)]
+
+
 @pytest.mark.parametrize("arguments, named", [
     (["--model", "nowhere", "--method", "rd", "--labeled", "out/toy/labeled.jsonl"], "nowhere"),
-    (["--labeled", "nowhere.jsonl"], "nowhere.jsonl"), (["--labeled", "bad.jsonl"], "bad.jsonl line 1"),
+    ([*RD, "--labeled", "nowhere.jsonl"], "nowhere.jsonl"), ([*RD, "--labeled", "bad.jsonl"], "bad.jsonl line 1"),
     (["--model", "out/toy"], "--labeled"), (["--tau", "0"], "--tau"), (["--group_size", "1"], "--group_size"),
+    (["--unlabeled", "bad.jsonl"], "--model"), (["--temperature", "0"], "--temperature"),
+    ([*RD, "--labeled", "out/toy/labeled.jsonl", "--model", "out/run/model", "--out", "out/run"], "another --out"),
     (["--lerning_rate", "1"], "--help"), (["--lr", "much"], "--lr"),
     pytest.param(["--tensorboard", "logs"], "pip install tensorboard",
                  marks=pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is installed"))])

@@ -4,8 +4,9 @@
     python train.py --model FOLDER --labeled a.jsonl --unlabeled b.jsonl --eval c.jsonl
     torchrun --nproc_per_node=8 train.py --model ...                           # the same on eight GPUs
 
-A step: sample a group of rollouts for each query; judge and score them and the supervised traces
-(support, PRG, self-certainty); turn that into weights, advantages and lambda; one update on the mixed loss.
+Before training the supervised traces are judged: the anchor, and what each counts. A step: sample a group of
+rollouts for each query; judge them with the starting model (PRG) and score them with the policy (self-certainty);
+turn that into weights, advantages and lambda; one update on the mixed loss.
 
 SPDX-License-Identifier: MIT
 """
@@ -66,7 +67,7 @@ class Settings:
     group_size: int = option(8, "rollouts of a query")
     traces_per_step: int = option(16, "supervised traces of a step, over all processes")
     tau: float = option(0.5, "softness of the gate on PRG / anchor")
-    temperature: float = option(1.0, "of sampling, in training and evaluation")
+    temperature: float = option(1.0, "of sampling, in training and evaluation; the loss is always that of 1")
     reward: str = option("self_certainty", "of a rollout", choices=("self_certainty", "negative_entropy"))
     kl: float = option(0.0, "weight of the KL divergence from the starting model")
     clip: float = option(0.0, "PPO's clipping range; 0: none")
@@ -91,6 +92,9 @@ class Settings:
     rollouts_per_batch: int = option(512, "rollouts sampled at a time, in each process")
     checkpoint_activations: bool = option(False, "recompute activations: less memory, a third more time")
     zero: bool = option(False, "share Adam's moments out among the processes: less memory in each, the same weights")
+
+
+TOY = {f.name: f.metadata["toy"] for f in fields(Settings) if f.metadata["toy"]}  # defaults where there is no --model
 
 
 class UsageError(ValueError):
@@ -118,14 +122,13 @@ def parse_arguments(argv=None) -> Settings:
             group.add_argument(f"--{f.name}", type=f.type, choices=choices, metavar=kinds[f.type],
                                help=what + (toy if f.default != "" else ""))
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    toy = {} if given.get("model") else {f.name: f.metadata["toy"] for f in fields(Settings) if f.metadata["toy"]}
-    settings = Settings(**{**toy, **given})
+    settings = Settings(**{**({} if given.get("model") else TOY), **given})
     for name in ("queries_per_step", "group_size", "traces_per_step", "max_prompt_tokens", "max_new_tokens", "tau",
                  "lr", "max_steps", "eval_samples", "save_every", "updates_per_batch", "tokens_per_batch",
-                 "rollouts_per_batch", "max_grad_norm"):
+                 "rollouts_per_batch", "max_grad_norm", "temperature"):
         if not 0 < getattr(settings, name) < math.inf:
             raise UsageError(f"--{name} is {getattr(settings, name)}: give a number above 0")
-    for name in ("seed", "steps", "temperature", "kl", "clip", "show", "max_labeled", "max_unlabeled", "max_eval"):
+    for name in ("seed", "steps", "kl", "clip", "show", "max_labeled", "max_unlabeled", "max_eval"):
         if not 0 <= getattr(settings, name) < math.inf:
             raise UsageError(f"--{name} is {getattr(settings, name)}: give a number that is not negative")
     if settings.tensorboard and not find_spec("tensorboard"):
@@ -265,7 +268,8 @@ class World:
 
 @dataclass
 class Sequence:
-    """A rollout or a supervised trace, and what the packed pass finds out about it."""
+    """A rollout or a supervised trace, and what `Trainer` finds out about it: in `judge` its PRG, in `score` certainty,
+    entropy and log-probabilities, in `weigh` and `weigh_traces` its advantage or weight."""
     trace: prg.Trace
     prompt_length: int
     complete: bool = False  # ended by itself, with an answer that can be read
@@ -462,8 +466,9 @@ class Trainer:
             return total[name] / total["count"] if total["count"] else None
         seconds = [end - start for start, end in zip(clock, clock[1:])]
         line = {"step": self.done, "loss": hytuning.hytuning_loss(*losses, lam),
-                "loss_rd": losses[0] if of_traces["count"] else None,
-                "loss_rlif": losses[1] if of_rollouts["count"] else None,  # 0 on policy, but its gradient is not
+                "loss_rd": losses[0] if of_traces["count"] and lam < 1 else None,
+                # 0 on policy, but its gradient is not
+                "loss_rlif": losses[1] if of_rollouts["count"] and lam > 0 else None,
                 "lambda": lam, "anchor": self.anchor, "prg_rollouts": mean(of_rollouts, "prg"),
                 "self_certainty": mean(of_rollouts, "certainty"), "entropy": mean(of_rollouts, "entropy"),
                 "response_length": mean(of_rollouts, "length"), "answered": mean(of_rollouts, "complete"),
@@ -500,7 +505,9 @@ class Trainer:
         r = column("certainty") if s.reward == "self_certainty" else uniform - column("entropy")
         e = torch.zeros(len(rollouts), dtype=torch.double)
         if s.method == "hytuning":
-            w, answers = hytuning.adaptive_weights(column("prg"), self.anchor, s.tau), self.answers(rollouts)
+            # Without an answer nothing was earned. A gate alone would leave a little, and advantages are relative.
+            w = hytuning.adaptive_weights(column("prg"), self.anchor, s.tau) * column("complete")
+            answers = self.answers(rollouts)
             r, e = (hytuning.pool_by_answer(values, answers, s.group_size) for values in (w * r, w))
         if self.extra_reward:
             r += torch.tensor([self.extra_reward(self.text.decode(x.ids[:x.prompt_length]),
@@ -516,10 +523,10 @@ class Trainer:
         groups = [said[i:i + self.settings.group_size] for i in range(0, len(said), self.settings.group_size)]
         return torch.tensor([number for group in groups for number in data.same_answers(group)], dtype=torch.long)
 
-    def update(self, sequences: list[Sequence], lam: float, tokens: float, rollouts: float):
+    def update(self, sequences: list[Sequence], lam: float, token_count: float, rollout_count: float):
         """One optimiser step (or --updates_per_batch); ([L_RD, L_RLIF], norm of the gradient)."""
         for _ in range(self.settings.updates_per_batch):
-            losses = self.world.sum(self.backward(sequences, lam, max(tokens, 1), max(rollouts, 1))).tolist()
+            losses = self.world.sum(self.backward(sequences, lam, max(token_count, 1), max(rollout_count, 1))).tolist()
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm).item()
             if math.isfinite(norm):  # the same in all processes, since DDP has exchanged the gradients
                 self.optimizer.step()
@@ -534,11 +541,11 @@ class Trainer:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def backward(self, sequences: list[Sequence], lam: float, tokens: float, rollouts: float) -> Tensor:
+    def backward(self, sequences: list[Sequence], lam: float, token_count: float, rollout_count: float) -> Tensor:
         """Gradients of L = (1 - lambda) L_RD + lambda L_RLIF over this process's share; its [L_RD, L_RLIF].
 
-        Both losses divide by the global counts `tokens` and `rollouts`, so shares add up to the whole batch;
-        DDP averages over processes, hence the factor world.size.
+        Both losses divide by global counts, of the supervised response tokens and of the rollouts, so shares add up to
+        the whole batch; DDP averages over processes, hence the factor world.size.
         """
         s, device, losses = self.settings, self.world.device, torch.zeros(2, device=self.world.device)
         if not sequences:  # the other processes wait for this one's gradients: give them zeros
@@ -567,8 +574,8 @@ class Trainer:
                         more["reference_logprobs"] = table(self.reference(ids, row, source, target))[~rd_rows]
                 A = torch.tensor([x.advantage for x in batch], device=device)[~rd_rows]
                 w = torch.tensor([x.weight for x in batch], device=device)[:, None]
-                L_RD = hytuning.distillation_loss(logprobs[rd_rows], (w * mask)[rd_rows], tokens)
-                L_RLIF = hytuning.rlif_loss(logprobs[~rd_rows], mask[~rd_rows], A, rollouts,
+                L_RD = hytuning.distillation_loss(logprobs[rd_rows], (w * mask)[rd_rows], token_count)
+                L_RLIF = hytuning.rlif_loss(logprobs[~rd_rows], mask[~rd_rows], A, rollout_count,
                                             clip=s.clip, kl=s.kl, **more)
                 (hytuning.hytuning_loss(L_RD, L_RLIF, lam) * self.world.size).backward()
             losses += torch.stack([L_RD, L_RLIF]).detach()
@@ -629,14 +636,15 @@ class Trainer:
                 old.unlink()
         self.world.meet()
 
-    def restore(self) -> bool:
-        """Go on from the newest checkpoint of --out that can be read; False if there is none. Rank 0 chooses."""
+    def restore(self) -> dict | None:
+        """Go on from the newest checkpoint of --out that can be read, which rank 0 chooses; the settings that it was
+        made with, or None if there is none."""
         s, world, state = self.settings, self.world, None
         if world.rank == 0:
             state = newest_checkpoint(s, world)
         step = world.sum(torch.tensor(state["step"] if state else 0, device=world.device)).item()
         if not step:
-            return False
+            return None
         path = checkpoint_path(s, step)
         if not path.is_file():
             raise UsageError(f"{path}, from which rank 0 goes on, is not on {socket.gethostname()}: give an --out on a "
@@ -654,7 +662,7 @@ class Trainer:
             self.done, self.bad_steps = step, state["bad_steps"]
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             raise UsageError(f"{path} belongs to a model of another shape than {s.model}: use another --out") from None
-        return True
+        return state["settings"]
 
 
 def summary(single: Tensor, correct: Tensor, confidence: Tensor, greedy: Tensor, gain: Tensor) -> dict:
@@ -715,15 +723,21 @@ def train(settings: Settings, extra_reward=None):
 
 def run(settings: Settings, world: World, extra_reward=None):
     if not settings.model:
+        for name in ("labeled", "unlabeled", "eval"):
+            if getattr(settings, name):
+                raise UsageError(f"--{name} needs a --model: the toy's, used without one, knows only its own words")
         settings.model = str(build_toy(world))
         for name in ("labeled", "unlabeled", "eval"):
-            setattr(settings, name, getattr(settings, name) or f"{settings.model}/{name}.jsonl")
+            setattr(settings, name, f"{settings.model}/{name}.jsonl")
     needed = ["eval"] if settings.eval_only else {"rd": ["labeled"], "rlif": ["unlabeled"]}.get(
         settings.method, ["labeled", "unlabeled"])
     for name in needed:
         if not getattr(settings, name):
             raise UsageError(f'--{name} is missing: give a JSONL file (README, "Your own data and model")')
-    trainer, out, results = Trainer(settings, world, extra_reward), Path(settings.out), {}
+    out, results = Path(settings.out), {}
+    if not settings.eval_only and Path(settings.model).resolve() == (out / "model").resolve():
+        raise UsageError(f"--model {settings.model} is where this run would write its own: give another --out")
+    trainer = Trainer(settings, world, extra_reward)
 
     def evaluate(name):
         results[name], examples = trainer.evaluate()
@@ -734,14 +748,13 @@ def run(settings: Settings, world: World, extra_reward=None):
     if world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
     if not settings.eval_only:
-        resumed = settings.resume and trainer.restore()
+        before = trainer.restore() if settings.resume else None
         if settings.resume:
-            world.say(f"resuming after step {trainer.done}" if resumed else f"no checkpoint in {out}: starting anew")
-        if resumed:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                base = json.loads((out / "eval.json").read_text())["base"]
-                if base["n"] == len(trainer.held_out):  # of the same queries, as far as can be told
-                    results["base"] = base
+            world.say(f"resuming after step {trainer.done}" if before else f"no checkpoint in {out}: starting anew")
+        if before:
+            if all(before.get(name) == getattr(settings, name) for name in ("eval", "max_eval", "eval_samples")):
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                    results["base"] = json.loads((out / "eval.json").read_text())["base"]
         elif trainer.held_out:
             evaluate("base")
         finished = learn(trainer, out)
@@ -895,14 +908,15 @@ T_95 = 2.776  # Student's t, two-sided, for the differences of five pairs
 def study(seeds=range(5), folder=Path("out/study")):
     """All methods on the toy task, as a Markdown table. A seed is other traces, unlabeled and held-out queries and
     samples, the same for all methods; base model and tables are shared. As many runs at once as there are cores."""
-    build_toy(World("cpu"))
+    toy = build_toy(World("cpu"))
     for seed in seeds:
         data.Triage().write(folder / f"data-{seed}", seed, traces=256)
 
     def run(method, seed):
         out, (lr, steps) = folder / f"{method}-{seed}", STUDY[method]
-        options = {"method": method, "seed": seed, "lr": lr, "steps": steps, "out": out, "max_labeled": 16, "show": 0,
-                   "device": "cpu", **{x: folder / f"data-{seed}/{x}.jsonl" for x in ("labeled", "unlabeled", "eval")}}
+        files = {name: folder / f"data-{seed}/{name}.jsonl" for name in ("labeled", "unlabeled", "eval")}
+        options = {**TOY, **files, "model": toy, "method": method, "seed": seed, "lr": lr, "steps": steps, "out": out,
+                   "max_labeled": 16, "show": 0, "device": "cpu"}
         done = subprocess.run([sys.executable, __file__, *(str(x) for k, v in options.items() for x in (f"--{k}", v))],
                               env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
