@@ -978,6 +978,19 @@ def test_the_default_run_learns(toy_run):
     assert result["final"]["accuracy"] > result["base"]["accuracy"] + 0.1
 
 
+def test_a_judge_that_does_not_understand_the_traces_is_named(toy_run, tmp_path, capsys):
+    """One whose weights are noise; the toy's own is silent."""
+    toy, noise = toy_run[0] / "out/toy", tmp_path / "noise"
+    shutil.copytree(toy, noise)
+    weights = load_file(noise / "model.safetensors")
+    save_file({name: torch.randn_like(weight) for name, weight in weights.items()}, noise / "model.safetensors")
+    for model in (toy, noise):
+        files = [x for name in ("labeled", "unlabeled") for x in (f"--{name}", toy / f"{name}.jsonl")]
+        train.Trainer(train.parse_arguments(map(str, ["--model", model, *files, *SHORT])), train.World("cpu"))
+        said = capsys.readouterr().out
+        assert ("warning" in said and str(noise) in said and "--method rd" in said) == (model == noise)
+
+
 def test_the_judge_does_not_learn(toy_run):
     """The anchor is the traces' mean PRG under the starting model, and that model stays what it was."""
     toy = toy_run[0] / "out/toy"

@@ -388,6 +388,10 @@ class Trainer:
             w = hytuning.adaptive_weights(gains, self.anchor, self.settings.tau)
             for x, weight in zip(self.traces, (w / w.mean()).tolist()):
                 x.weight = weight
+            if self.anchor < 0.05:  # where the gate has its floor
+                world.say(f"warning: {self.settings.model} finds a PRG of only {self.anchor:.3f} in the supervised "
+                          "traces: as a judge it will tell little. Teach it their form first, with a few steps of "
+                          "--method rd, and start from the model that this writes")
 
     def amp(self):
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
