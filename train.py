@@ -756,9 +756,11 @@ def run(settings: Settings, world: World, extra_reward=None):
         if settings.resume:
             world.say(f"resuming after step {trainer.done}" if before else f"no checkpoint in {out}: starting anew")
         if before:
-            if all(before.get(name) == getattr(settings, name) for name in ("eval", "max_eval", "eval_samples")):
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                    results["base"] = json.loads((out / "eval.json").read_text())["base"]
+            same = all(before.get(name) == getattr(settings, name) for name in ("eval", "max_eval", "eval_samples"))
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                base = json.loads((out / "eval.json").read_text())["base"]
+                if same and base["n"] == len(trainer.held_out):
+                    results["base"] = base
         elif trainer.held_out:
             evaluate("base")
         finished = learn(trainer, out)
