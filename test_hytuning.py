@@ -958,6 +958,12 @@ SHORT = [*SMALL, "--max_prompt_tokens", 64, "--queries_per_step", 2, "--group_si
          "--steps", 1, "--device", "cpu"]
 
 
+def toy_trainer(toy, *more) -> train.Trainer:
+    """A Trainer in this process. `more` comes last, so it may give another --model or --labeled than the toy's."""
+    files = ["--model", toy, "--labeled", toy / "labeled.jsonl", "--unlabeled", toy / "unlabeled.jsonl"]
+    return train.Trainer(train.parse_arguments(map(str, [*files, *SHORT, *more])), train.World("cpu"))
+
+
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
     """The default run, shortened, with a learning rate that lets few steps show: (folder, metrics, output)."""
@@ -985,8 +991,7 @@ def test_a_judge_that_does_not_understand_the_traces_is_named(toy_run, tmp_path,
     weights = load_file(noise / "model.safetensors")
     save_file({name: torch.randn_like(weight) for name, weight in weights.items()}, noise / "model.safetensors")
     for model in (toy, noise):
-        files = [x for name in ("labeled", "unlabeled") for x in (f"--{name}", toy / f"{name}.jsonl")]
-        train.Trainer(train.parse_arguments(map(str, ["--model", model, *files, *SHORT])), train.World("cpu"))
+        toy_trainer(toy, "--model", model)
         said = capsys.readouterr().out
         assert ("warning" in said and str(noise) in said and "--method rd" in said) == (model == noise)
 
@@ -994,9 +999,7 @@ def test_a_judge_that_does_not_understand_the_traces_is_named(toy_run, tmp_path,
 def test_the_judge_does_not_learn(toy_run):
     """The anchor is the traces' mean PRG under the starting model, and that model stays what it was."""
     toy = toy_run[0] / "out/toy"
-    files = [x for name in ("labeled", "unlabeled") for x in (f"--{name}", toy / f"{name}.jsonl")]
-    trainer = train.Trainer(train.parse_arguments(map(str, ["--model", toy, *files, *SHORT, "--lr", 1])),
-                            train.World("cpu"))
+    trainer = toy_trainer(toy, "--lr", 1)
     start = load_pretrained(toy)
     gains = progressive_reasoning_gain(*answer_support(start, [x.trace for x in trainer.traces]))
     assert trainer.step()["anchor"] == pytest.approx(gains.mean().item(), abs=1e-5)
@@ -1014,17 +1017,13 @@ def test_a_trace_whose_lines_do_not_earn_its_answer_counts_less(toy_run, tmp_pat
         r["answer"] = answers[answers.index(r["answer"]) - 1]  # another one
     path.write_text("\n".join(map(json.dumps, records)))
 
-    def trainer(*more):
-        return train.Trainer(train.parse_arguments(map(str, [
-            "--model", toy, "--labeled", path, "--unlabeled", toy / "unlabeled.jsonl", *SHORT, *more])),
-                             train.World("cpu"))
-    weighed = trainer()
+    weighed = toy_trainer(toy, "--labeled", path)
     weight = torch.tensor([x.weight for x in weighed.traces])
     close(weight.mean(), 1)
     assert weight[:4].max() < 0.5 * weight[4:].mean()
     w = adaptive_weights(torch.tensor([x.prg for x in weighed.traces]), weighed.anchor, weighed.settings.tau)
     close(weight, w / w.mean(), 1e-5)
-    assert all(x.weight == 1 for x in trainer("--method", "rd").traces)
+    assert all(x.weight == 1 for x in toy_trainer(toy, "--labeled", path, "--method", "rd").traces)
 
     ids = [torch.tensor([x.ids]) for x in weighed.traces]
     nll = [-token_logprobs(weighed.model(i)[0, :-1], i[0, 1:])[x.prompt_length - 1:].sum()
@@ -1035,10 +1034,7 @@ def test_a_trace_whose_lines_do_not_earn_its_answer_counts_less(toy_run, tmp_pat
 
 def test_what_has_no_answer_earns_nothing(toy_run):
     """Whatever the anchor: however little a gate let through, an advantage would make it large."""
-    toy = toy_run[0] / "out/toy"
-    files = [x for name in ("labeled", "unlabeled") for x in (f"--{name}", toy / f"{name}.jsonl")]
-    trainer = train.Trainer(train.parse_arguments(map(str, ["--model", toy, *files, *SHORT, "--group_size", 4])),
-                            train.World("cpu"))
+    trainer = toy_trainer(toy_run[0] / "out/toy", "--group_size", 4)
     response = trainer.traces[0].response
 
     def weighed(*responses):
