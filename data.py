@@ -1,379 +1,575 @@
-"""Text in, text out: the tokenizer and its prompt format, JSONL records, steps and answers, the toy task.
+"""Text in, text out: answers, tokens, JSONL records, and a toy task.
 
-A response is reasoning, one step a line, then a marker ("Answer:") and the answer. `Text.parse` finds steps and
-answer on the token ids themselves, since text that is encoded again may split differently. The toy task at the
-end makes a data set on which the method's effect can be seen in a minute on a laptop.
+A response is reasoning, one step a line, then a marker ("Answer:") and the answer on the same line.
+Steps and answer are found in the response's own token ids: text that is encoded again may split
+differently. On the toy task the method's effect can be seen in a minute on a laptop.
 
 This file imports nothing of the project, so it can be taken alone. Next to read: train.py.
 
 SPDX-License-Identifier: MIT
 """
-import contextlib
 import json
 import re
+import unicodedata
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-
-class DataError(ValueError):
-    """Data that cannot be used. The message is one sentence: what is wrong, in which file and line, what to do."""
-
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 MARKER = "Answer:"
 INSTRUCTION = 'Reason line by line, then end with the line "{marker} ...".'
 
-# ---------------------------------------------------------------------------------------------- answers
 
+class DataError(ValueError):
+    """Unusable data. One sentence: what is wrong, in which file and line, what to do."""
+
+
+# -----------------------------------------------------------------------------
+# answers
 
 def find_answer(text: str, marker: str = MARKER) -> tuple[int, int, int] | None:
-    """Offsets (of the last marker, of the answer's start, of its end): the answer is the rest of that line."""
-    at = text.rfind(marker)
-    line = text[at + len(marker):].split("\n", 1)[0] if at >= 0 else ""
-    start = at + len(marker) + len(line) - len(line.lstrip())
-    return (at, start, start + len(line.strip())) if line.strip() else None
+    """Offsets of the last marker, of the answer's start and of its end; None without an answer.
+
+    The answer is the rest of the marker's line. The marker counts in upper and lower case, between
+    stars or underscores, and with a fullwidth colon: "**ANSWER**: 18", "Answer：18".
+    """
+    words = re.escape(marker.strip().rstrip(" :："))
+    # The tokenizer may have composed or decomposed the letters.
+    words = unicodedata.normalize("NFC", words) + "|" + unicodedata.normalize("NFD", words)
+    pattern = f"[*_]{{0,3}}(?:{words})[*_]{{0,3}}"
+    if marker.strip().endswith((":", "：")):
+        pattern += r"[^\S\n]*[:：][*_]{0,3}"
+    found = list(re.finditer(pattern, text, re.IGNORECASE))
+    if not found:
+        return None
+    line = text[found[-1].end():].split("\n", 1)[0]
+    answer = line.strip().strip("*").strip()
+    if not answer:
+        return None
+    start = found[-1].end() + line.index(answer)
+    return found[-1].start(), start, start + len(answer)
 
 
 def extract_answer(text: str, marker: str = MARKER) -> str | None:
-    """What stands behind the last marker, on its line; None where there is no marker or nothing behind it."""
+    """The text after the last marker, on its line; None without a marker or with nothing there."""
     found = find_answer(text, marker)
-    return text[found[1]:found[2]] if found else None
+    if found is None:
+        return None
+    return text[found[1]:found[2]]
 
 
-NUMBER = re.compile(r"[-+]?(?:\d+(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)\.)?(?:(?<=\d)/\d+)?")
+# How an answer looks, not what it says: (pattern, what it becomes), in this order.
+REWRITE = [
+    # Dashes that can be a minus, curly quotes, the slashes of fractions.
+    (r"[\u2010-\u2015\u2212]", "-"),
+    (r"[\u2018-\u201f]", "'"),
+    (r"[\u2044\u2215]", "/"),
+    # Markdown: bold, but not the power in 2**3, and code.
+    (r"\*\*(?!\w)|(?<!\w)\*\*|`", ""),
+    # LaTeX: spacing, wrappers, fractions (\frac12 and \frac{1}{2}), escaped signs; braces around
+    # one word, since around more they may mean something.
+    (r"\\[,;:!]", ""),
+    (r"\\(?:boxed|text[a-z]*|math[a-z]*|left|right)(?![a-z])", ""),
+    (r"\\[dt]?frac ?\{? ?(-?\d+|\d) ?\}? ?\{? ?(\d+) ?\}?", r" \1/\2"),
+    (r"\\(?![a-z])", ""),
+    (r"\{([\w.,-]*)\}", r"\1"),
+    # US$ is $.
+    (r"\b[a-z]{1,3}(?=\$)", ""),
+]
+
+
+def normalise(text: str) -> str:
+    """The spelling in which answers are compared."""
+    # NFKC would make 31/2 of 3½ and 52 of 5².
+    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)
+    text = re.sub("[²³¹⁰⁴-⁹]+", r"^\g<0>", text)
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    for pattern, replacement in REWRITE:
+        text = re.sub(pattern, replacement, text)
+    # Currency signs and invisible characters do not count.
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Sc", "Cf"))
+    text = " ".join(text.split())
+    # Nor does outer punctuation of any script, except what may begin a number.
+    outer = "".join(c for c in text if unicodedata.category(c)[0] in "PZ")
+    return text.rstrip(outer).lstrip(re.sub("[-.]", "", outer)) or text
+
+
+# Thousands; then a sign, a number (1 1/4, 2/3, 10.5 or 1e-5), and the rest.
+THOUSANDS = re.compile(r"\b\d{1,3}(?:[, ]\d{3})+(?!\d)")
+NUMBER = re.compile(r"([-+]|minus)? ?"
+                    r"((?:\d+ )?\d+ ?/ ?\d+|(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,3}(?!\d))?)(.*)")
+# What makes another value of the number before it: scales, and mathematics such as 2x or 5 - a.
+NO_UNIT = re.compile(r"\b(?:hundred|thousand|[mbtr]+illi(?:on|ard)|dozen|lakh|crore|squared|cubed)"
+                     r"|\b(?:k|mn|bn|tn|pi|[xyzie]+)\b|[π百千万萬億亿]|- ")
+
+
+def read_number(text: str) -> tuple[Fraction, str] | None:
+    """(value, unit words) of a normalised text that is a number and at most unit words.
+
+    Of an equation counts what follows the last "=" or "is". A list is no number.
+    """
+    if re.search(r"[,;] |\b(?:and|or)\b", text):
+        return None
+    text = re.sub(r"^[^<>≤≥≠≈!]*(?:=|\bis\b)", "", text).strip(" (")
+    text = THOUSANDS.sub(lambda match: re.sub("[, ]", "", match[0]), text)
+    match = NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    sign, number, unit = match.groups()
+    # Units are words of any script, with a slash or a power: apples, sq. ft., km/h, m^2.
+    signs = re.sub(r"(?<=[^\W\d_])\^-?\d\b", "", unit)
+    signs = "".join(c for c in signs if unicodedata.category(c)[0] not in "LM")
+    if signs.strip(" /·°%(){}.'-") or NO_UNIT.search(unit):
+        return None
+    try:
+        value = sum(Fraction(part) for part in re.sub(" ?/ ?", "/", number).split())
+    except (ValueError, ZeroDivisionError):
+        return None
+    if sign in ("-", "minus"):
+        value = -value
+    return value, unit.strip()
 
 
 def answers_match(a: str, b: str) -> bool:
-    """Whether two answers say the same: "$1,000", "1000.00" and "1000 dollars" do, and "Yes." and "yes".
+    """Whether two answers say the same: as text, as a choice, or as numbers.
 
-    Case, outer punctuation and currency signs do not count. A bare number also matches text that holds exactly
-    one number, and this one.
+    As a choice, where one is a bare letter: "B" and "(B) Paris". As numbers, where one is bare or
+    the units are the same: "$1,000", "1000.00" and "1000 dollars".
     """
-    a, b = (re.sub(r"\s+", " ", re.sub("[$€£]", "", x.replace("\u2212", "-"))).casefold() for x in (a, b))
-    a, b = (x.lstrip(" *`\"'([").rstrip(" *`\"')].!?,;:") or x for x in (a, b))
+    a, b = sorted((normalise(a), normalise(b)), key=len)
     if a == b:
         return True
-    numbers = [[as_number(x) for x in NUMBER.findall(text) if as_number(x) is not None] for text in (a, b)]
-    bare = any(NUMBER.fullmatch(text.rstrip(" %")) for text in (a, b))
-    return bare and len(numbers[0]) == 1 and numbers[0] == numbers[1]
-
-
-def as_number(text: str) -> Fraction | None:
-    try:
-        return Fraction(text.replace(",", ""))
-    except (ValueError, ZeroDivisionError):
-        return None
+    # A letter, a sign, and text after a space (or in another script). "a) and c)" are two choices.
+    option = re.match(r"([^\W\d_])[).:\]}、]+(?: (?!and\b|or\b|\W+ )|[^\x00-\x7f])", b)
+    if option and option[1] == a:
+        return True
+    first = read_number(a)
+    second = read_number(b)
+    if first is None or second is None or first[0] != second[0]:
+        return False
+    return first[1] == second[1] or "" in (first[1], second[1])
 
 
 def same_answers(answers: list[str | None]) -> list[int]:
-    """For each answer the index of the first one that says the same; an unreadable one is like no other.
+    """For each answer the index of the first that says the same; an unreadable one is alone.
 
-    "5" says the same as "5 apples" and as "5 pears", which are not the same: what comes first decides.
+    "5" says the same as "5 apples" and as "5 pears", which are not the same: the first one decides.
     """
     first = []
     for i, answer in enumerate(answers):
-        first.append(next((j for j in dict.fromkeys(first)
-                           if answer and answers[j] and answers_match(answers[j], answer)), i))
+        first.append(i)
+        for j in range(i):
+            if first[j] == j and answer and answers[j] and answers_match(answers[j], answer):
+                first[i] = j
+                break
     return first
 
 
 def majority(answers: list[str | None]) -> tuple[str | None, float]:
-    """The answer most often given, the earliest of equals, and its share of the votes, unreadable ones counted."""
+    """The answer most often given, the earliest of equals, and its share of all votes.
+
+    (None, 0.0) where no answer can be read.
+    """
     votes = [first for first, answer in zip(same_answers(answers), answers) if answer]
-    best = max(dict.fromkeys(votes), key=votes.count, default=None)
-    return (None if best is None else answers[best]), votes.count(best) / len(answers)
+    if not votes:
+        return None, 0.0
+    best = max(votes, key=votes.count)
+    return answers[best], votes.count(best) / len(answers)
 
 
-# ----------------------------------------------------------------------------------- tokens and prompts
+# -----------------------------------------------------------------------------
+# tokens
 
-# The chat formats that special tokens give away: pieces before the response, and the token that ends it.
-CHATS = [(["<|im_start|>", "user\n{}", "<|im_end|>", "\n", "<|im_start|>", "assistant\n"], "<|im_end|>"),
-         (["<|begin_of_text|>", "<|start_header_id|>", "user", "<|end_header_id|>", "\n\n{}", "<|eot_id|>",
-           "<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n"], "<|eot_id|>")]
+# The chat formats that special tokens give away, with {} for the user's turn, and what ends a turn.
+CHATS = [
+    ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+    ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+     "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+]
+SPECIAL = re.compile(r"(<\|\w+\|>)")
+
+# A token that we add for ourselves (no text has this character). Text is encoded after it and the
+# token then cut off, since a tokenizer may treat the beginning of a text specially: SentencePiece
+# puts a "▁" there.
+ANCHOR = "\ufdd0"
+
+
+def load_tokenizer(path: Path) -> tuple[Tokenizer, list[int]]:
+    """(the tokenizer, the ids that it puts before a text by itself: none, or that of BOS)."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        # A "<|im_end|>" in somebody's question is text.
+        tokenizer.encode_special_tokens = True
+        tokenizer.add_tokens([AddedToken(ANCHOR, normalized=False)])
+        ids = tokenizer.encode(ANCHOR).ids
+        first = ids[:ids.index(tokenizer.token_to_id(ANCHOR))]
+        if not tokenizer.encode(INSTRUCTION + " é漢", add_special_tokens=False).ids:
+            raise ValueError("it has no token for any text")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        # The library raises bare Exceptions, and Rust panics, which are no Exceptions.
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is no usable tokenizer ({reason}): use the model's own") from None
+    return tokenizer, first
+
+
+def chat_template(folder: Path) -> str:
+    """The folder's own chat template; "" where it has none."""
+    try:
+        if (folder / "chat_template.jinja").is_file():
+            return (folder / "chat_template.jinja").read_text()
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        return str(config.get("chat_template", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 class Text:
-    """A checkpoint folder's tokenizer, the prompt format that its special tokens show, and the answer marker.
+    """A checkpoint folder's tokenizer, with the prompt format that its special tokens show.
 
-    `eos_ids` are the model's end tokens; `self.ends` is these and the chat format's. Raises DataError where
-    tokenizer.json is missing or broken, or nothing is known to end a response.
+    `end` is the id that training ends responses with; `ends` are all ids that end one, this and
+    `eos_ids`, the model's own. Raises DataError where tokenizer.json is missing or broken, or no
+    id is known to end a response.
     """
 
     def __init__(self, folder, eos_ids=(), marker: str = MARKER, max_steps: int = 16):
-        self.path = Path(folder) / "tokenizer.json"
-        with errors_named(f"{self.path} cannot be read as a tokenizer"):
-            self.tokenizer = Tokenizer.from_file(str(self.path))
-        self.tokenizer.no_padding(), self.tokenizer.no_truncation()
-        self.tokenizer.encode_special_tokens = True  # a "<|im_end|>" in somebody's question is text
-        self.marker, self.max_steps = marker, max_steps
-        self.special = {token.content: i for i, token in self.tokenizer.get_added_tokens_decoder().items()}
-        self.pieces, end = next(((pieces, self.special[end]) for pieces, end in CHATS
-                                 if all(p in self.special for p in pieces if p.startswith("<|"))),
-                                (None, next(iter(eos_ids), None)))
-        if end is None:
-            raise DataError(f"{folder} names no end token: set eos_token_id in its generation_config.json")
-        self.end, self.ends = end, {end, *eos_ids}
+        self.marker = marker
+        self.max_steps = max_steps
+        self.tokenizer, self.first = load_tokenizer(Path(folder) / "tokenizer.json")
+        ids = self.tokenizer.get_vocab()
+        del ids[ANCHOR]
+        self.vocab_size = max(ids.values()) + 1
+        self.template = None
+        self.end = next(iter(eos_ids), None)
+        for template, end in CHATS:
+            ids = [self.tokenizer.token_to_id(token) for token in SPECIAL.findall(template)]
+            if None not in ids:
+                self.template = template
+                self.end = self.tokenizer.token_to_id(end)
+                own = chat_template(Path(folder))
+                if own and "bos_token" not in own:
+                    self.first = []
+                break
+        if self.end is None:
+            raise DataError(f"{folder} names no end token: set eos_token_id in its config.json")
+        self.ends = {self.end, *eos_ids}
 
-    def encode(self, text: str, around: bool = False) -> list[int]:
-        """Token ids of a text; `around`: with what the tokenizer itself puts before and after it."""
-        with errors_named(f"{self.path} fails on a text"):
-            return self.tokenizer.encode(text, add_special_tokens=around).ids
+    def encode(self, text: str, after: str = "\n") -> list[int]:
+        """Token ids of a text that follows the text `after`, or, if that is "", a special token."""
+        before = self.tokenizer.encode(ANCHOR + after, add_special_tokens=False).ids
+        ids = self.tokenizer.encode(ANCHOR + after + text, add_special_tokens=False).ids
+        if ids[:len(before)] != before:
+            # A token straddles the boundary: encode the text as it is.
+            return self.encode(text, after="")
+        return ids[len(before):]
 
     def prompt(self, question: str) -> list[int]:
         """Token ids of a question with the instruction, up to where the response begins."""
-        asked = f"{question}\n{INSTRUCTION.format(marker=self.marker)}"
-        if self.pieces is None:  # plain text, after whatever the tokenizer itself puts first
-            ids = self.encode(asked + "\n", around=True)
-            ids = ids[:-1] if ids[-1:] == [self.end] else ids
+        asked = f"{question.strip()}\n{INSTRUCTION.format(marker=self.marker)}"
+        if self.template is None:
+            ids = self.tokenizer.encode(asked + "\n", add_special_tokens=False).ids
         else:
-            ids = [i for piece in self.pieces for i in ([self.special[piece]] if piece in self.special
-                                                        else self.encode(piece.replace("{}", asked)))]
-        if not ids:
-            raise DataError(f"{self.path} has no token for anything in a prompt: use the model's own")
+            ids = []
+            for piece in SPECIAL.split(self.template):
+                if SPECIAL.match(piece):
+                    ids.append(self.tokenizer.token_to_id(piece))
+                else:
+                    ids += self.encode(piece.replace("{}", asked), after="")
+        # BOS once, also where the chat format begins with it.
+        if ids[:len(self.first)] != self.first:
+            ids = self.first + ids
         return ids
 
     def response(self, reasoning: str, answer: str) -> list[int]:
         """Token ids of a supervised response, the end token included."""
         lines = [line.strip() for line in reasoning.splitlines() if line.strip()]
-        return self.encode("\n".join(lines + [f"{self.marker} {answer}"])) + [self.end]
+        lines.append(f"{self.marker} {answer}")
+        return self.encode("\n".join(lines)) + [self.end]
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode([i for i in ids if i not in self.ends])  # which some tokenizers would show
+        """The text of ids without the end tokens, which some tokenizers would show."""
+        return self.tokenizer.decode([i for i in ids if i not in self.ends])
 
-    def parse(self, prompt: list[int], response: list[int]) -> tuple[list[int], list[int], int, list[int]]:
-        """(tokens, cuts, answer_start, tail) as prg.Trace has them, from the token ids of prompt and response.
+    def read(self, response: list[int]) -> tuple[str, list[int]]:
+        """(the text of a response, the offset in it where each token ends), the end token left out.
 
-        Steps are the non-empty lines before the last marker; neighbours are merged evenly down to max_steps.
-        Without a readable answer the trace is the whole text with no steps and an empty answer.
+        Tokens that share a character of several bytes all end where it does. A response that was
+        cut off, or holds bytes that are no text, reads as "".
         """
-        text, ends = self.spans(response)
-        found = find_answer(text, self.marker)
-        if found is None:
-            whole = prompt + response
-            return whole, [len(prompt)], len(whole), []
-        marker, start, last = (token_at(ends, offset) for offset in (found[0], found[1], found[2] - 1))
-        stop = max(i for i, token in enumerate(response) if ends[i] == ends[last] and token not in self.ends)
-        starts = [m.start(1) for m in re.finditer(r"^[^\S\n]*(\S)", text[:found[0]], re.MULTILINE)]
-        K = min(len(starts), self.max_steps)
-        chosen = [starts[k * len(starts) // K] for k in range(1, K)]
-        cuts = sorted({0, *(token_at(ends, offset) for offset in chosen), marker}) if starts else [0]
-        cuts = [len(prompt) + cut for cut in cuts]
-        return prompt + response[:stop + 1], cuts, len(prompt) + start, response[stop + 1:]
-
-    def spans(self, ids: list[int]) -> tuple[str, list[int]]:
-        """The text of ids, and for each id the offset at which its text ends. Tokens that share one character
-        (a character may take several bytes) all end where it does."""
-        stream, text, ends, waiting = decoders.DecodeStream(skip_special_tokens=True), "", [], 0
-        for i in ids:
-            try:
-                piece = None if i in self.ends else stream.step(self.tokenizer, i)
-            except Exception:  # bytes that are no text, which a sampled response may hold: nothing can be read in it
-                return "", [0] * len(ids)
+        text = ""
+        ends = []
+        if not response or response[-1] not in self.ends or "\ufffd" in self.decode(response):
+            return text, ends
+        stream = decoders.DecodeStream(skip_special_tokens=True)
+        waiting = 0
+        for i in response[:-1]:
             waiting += 1
+            piece = stream.step(self.tokenizer, i)
             if piece is not None:
                 text += piece
                 ends += [len(text)] * waiting
                 waiting = 0
         return text, ends + [len(text)] * waiting
 
+    def answer(self, response: list[int]) -> str | None:
+        """The answer of a response; None if it was cut off or has none."""
+        text, _ = self.read(response)
+        return extract_answer(text, self.marker)
 
-@contextlib.contextmanager
-def errors_named(sentence: str):
-    """DataError for whatever the tokenizers library raises on a broken file: a bare Exception, or a Rust panic."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise DataError(f"{sentence} ({' '.join(str(error).split())[:200]}): download it again") from None
+    def parse(self, prompt: list[int], response: list[int]) -> tuple[list, list, int, int]:
+        """(tokens, cuts, answer_start, answer_end): where steps, marker and answer stand.
+
+        tokens is prompt + response. Step k is tokens[cuts[k]:cuts[k + 1]], the marker is
+        tokens[cuts[-1]:answer_start] and the answer tokens[answer_start:answer_end]. Steps are the
+        lines before the last marker that are not blank, merged evenly down to max_steps. Without an
+        answer there are no steps, and answer_start = answer_end = len(tokens).
+        """
+        tokens = prompt + response
+        text, ends = self.read(response)
+        found = find_answer(text, self.marker)
+        if found is None:
+            return tokens, [len(prompt)], len(tokens), len(tokens)
+        marker_start, answer_start, answer_end = found
+
+        # A line begins with its first character that is not blank.
+        lines = [match.start() for match in re.finditer(r"\S.*", text[:marker_start])]
+        steps = min(len(lines), self.max_steps)
+        cuts = {0}
+        for k in range(1, steps):
+            cuts.add(token_at(ends, lines[k * len(lines) // steps]))
+        if lines:
+            cuts.add(token_at(ends, marker_start))
+        cuts = [len(prompt) + cut for cut in sorted(cuts)]
+
+        # The answer ends with the last token of its last character.
+        last = ends[token_at(ends, answer_end - 1)]
+        start = len(prompt) + token_at(ends, answer_start)
+        stop = len(prompt) + token_at(ends, last)
+        return tokens, cuts, start, stop
 
 
 def token_at(ends: list[int], offset: int) -> int:
-    """The index of the token that holds the character at offset."""
-    return next(i for i, end in enumerate(ends) if end > offset)
+    """The index of the first token whose text ends after the character at offset."""
+    return int(np.searchsorted(ends, offset, side="right"))
 
 
-# --------------------------------------------------------------------------------------- JSONL records
+# -----------------------------------------------------------------------------
+# JSONL records
 
 def read_jsonl(path, limit: int = 0) -> list[tuple[int, dict]]:
-    """(line number, record) of the lines of a JSONL file that are not blank, the first `limit` or all.
+    """(line number, record) of the lines of a file that are not blank, the first `limit` or all.
 
-    Raises DataError, naming the line, for whatever is not a JSON object.
+    Numbers are returned as they are written, as strings. Raises DataError, naming the line, for
+    whatever is not a JSON object.
     """
     try:
-        with open(path, "rb") as file:
-            lines = file.read().splitlines()
+        content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): give the path of a JSONL file") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}): give a JSONL file") from None
     records = []
-    for number, line in enumerate(lines, 1):
-        if line.strip() and not 0 < limit <= len(records):
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), parse_constant=no_number)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path} line {number} is not JSON ({error}): write one JSON object a line") from None
+    # Of bytes, splitlines knows no line ends but \n, \r\n and \r: U+2028 may stand in a string.
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            numbers = dict(parse_int=str, parse_float=finite, parse_constant=finite)
+            record = json.loads(line.decode(), **numbers)
             if not isinstance(record, dict):
-                raise DataError(f"{path} line {number} is not a JSON object: write {{...}} with the fields by name")
-            records.append((number, record))
+                raise ValueError("fields must have names")
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} line {number} is no JSON object ({error}): mend it") from None
+        records.append((number, record))
+        if len(records) == limit:
+            break
     if not records:
         raise DataError(f"{path} is empty: write one JSON object a line")
     return records
 
 
-def no_number(name: str):
-    raise ValueError(f"{name} is no value")  # NaN stands for a missing one where a table was exported
+def finite(number: str) -> str:
+    """The number as it is written. An exported table may say NaN for a missing value."""
+    if not np.isfinite(float(number)):
+        raise ValueError(f"{number} is not a finite number")
+    return number
 
 
-def text_field(record: dict, names: tuple[str, ...], where: str) -> str:
-    """The first of the named fields, as text that can be encoded."""
-    name = next((name for name in names if name in record), None)
-    if name is None:
-        raise DataError(f"{where} has no field {' or '.join(map(repr, names))}: add it")
-    value = record[name]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    try:
-        value.encode()
-    except (AttributeError, UnicodeEncodeError):
-        raise DataError(f"{where}: {name!r} is not a text that can be encoded: make it a string") from None
-    return value.strip()
-
-
-def question_of(record: dict, where: str) -> str:
-    question = text_field(record, ("prompt", "question"), where)
-    if not question:
-        raise DataError(f"{where}: the prompt is empty: fill it in or remove the line")
-    return question
+def text_field(record: dict, name: str, where: str) -> str:
+    """A text, which must be there. "question" stands for "prompt"."""
+    if name == "prompt" and name not in record:
+        name = "question"
+    text = record.get(name)
+    # Half of a surrogate pair cannot be encoded.
+    if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
+        raise DataError(f"{where}: {name!r} is missing, empty or no text: fill it in")
+    return text.replace(ANCHOR, "").strip()
 
 
 def solution_of(record: dict, where: str) -> tuple[str, str]:
-    """(reasoning, answer) of a record. GSM8K has both in one field: reasoning with <<marks>>, "####", answer."""
-    answer = text_field(record, ("answer",), where)
-    reasoning = text_field(record, ("reasoning",), where) if "reasoning" in record else ""
-    if "reasoning" not in record and "####" in answer:
-        reasoning, _, answer = (part.strip() for part in re.sub(r"<<[^<>]*>>", "", answer).rpartition("####"))
+    """(reasoning, answer) of a record, "" for no reasoning.
+
+    GSM8K has both in one field: reasoning with <<calculator marks>>, "####", the answer.
+    """
+    reasoning = ""
+    answer = text_field(record, "answer", where)
+    if "reasoning" in record:
+        reasoning = text_field(record, "reasoning", where)
+    elif "####" in answer:
+        reasoning, _, answer = re.sub(r"<<[^<>]*>>", "", answer).rpartition("####")
+    answer = answer.strip()
     if not answer or "\n" in answer:
-        raise DataError(f"{where}: the answer is {'empty' if not answer else 'longer than one line'}: give one line")
-    return reasoning, answer
+        raise DataError(f"{where}: the answer is not one line of text: make it one")
+    return reasoning.strip(), answer
 
 
-def load_labeled(path, text: Text, max_prompt: int, max_response: int,
-                 limit: int = 0) -> tuple[list[tuple[list, list]], int]:
-    """([(prompt ids, response ids)], how many were skipped as too long) of {"prompt", "reasoning", "answer"}."""
-    records = []
-    for number, record in read_jsonl(path, limit):
+def load_labeled(path, text: Text, max_prompt: int, max_response: int, limit: int = 0):
+    """([(prompt ids, response ids)], number skipped) of {"prompt", "reasoning", "answer"}."""
+    kept = []
+    records = read_jsonl(path, limit)
+    for number, record in records:
         where = f"{path} line {number}"
-        question, (reasoning, answer) = question_of(record, where), solution_of(record, where)
-        if "reasoning" not in record and not reasoning:
-            raise DataError(f"{where} has no field 'reasoning': add it (or use GSM8K's form, '... #### 18')")
-        records.append((text.prompt(question), text.response(reasoning, answer)))
-    return keep_short(records, path, lambda r: len(r[0]) <= max_prompt and len(r[1]) <= max_response,
-                      f"{max_prompt} prompt tokens and {max_response} response tokens")
+        prompt = text.prompt(text_field(record, "prompt", where))
+        reasoning, answer = solution_of(record, where)
+        if not reasoning:
+            raise DataError(f"{where} has no 'reasoning': add it, or write GSM8K's '... #### 18'")
+        response = text.response(reasoning, answer)
+        found = text.answer(response)
+        if found is None or not answers_match(found, answer):
+            raise DataError(f"{where}: the answer {answer!r} would be read as {found!r}: change it")
+        if len(prompt) <= max_prompt and len(response) <= max_response:
+            kept.append((prompt, response))
+    return kept, skipped(records, kept, path)
 
 
-def load_unlabeled(path, text: Text, max_prompt: int, limit: int = 0) -> tuple[list[list[int]], int]:
-    """([prompt ids], how many were skipped) of {"prompt"}, repeated ones once. An answer is never looked at."""
-    prompts = [text.prompt(question_of(record, f"{path} line {number}")) for number, record in read_jsonl(path, limit)]
-    distinct = list(map(list, dict.fromkeys(map(tuple, prompts))))
-    return keep_short(distinct, path, lambda p: len(p) <= max_prompt, f"{max_prompt} prompt tokens")
-
-
-def load_eval(path, text: Text, max_prompt: int, limit: int = 0) -> tuple[list[tuple[list, str, str]], int]:
-    """([(prompt ids, question, gold answer)], how many were skipped) of {"prompt", "answer"}."""
-    records = []
+def load_unlabeled(path, text: Text, max_prompt: int, limit: int = 0):
+    """([prompt ids], number skipped) of {"prompt"}, repeated ones once. An answer is never read."""
+    prompts = {}
     for number, record in read_jsonl(path, limit):
+        question = text_field(record, "prompt", f"{path} line {number}")
+        prompts[tuple(text.prompt(question))] = None
+    kept = [list(prompt) for prompt in prompts if len(prompt) <= max_prompt]
+    return kept, skipped(prompts, kept, path)
+
+
+def load_eval(path, text: Text, max_prompt: int, limit: int = 0):
+    """([(prompt ids, question, gold answer)], number skipped) of {"prompt", "answer"}."""
+    kept = []
+    records = read_jsonl(path, limit)
+    for number, record in records:
         where = f"{path} line {number}"
-        question, (_, answer) = question_of(record, where), solution_of(record, where)
-        records.append((text.prompt(question), question, answer))
-    return keep_short(records, path, lambda r: len(r[0]) <= max_prompt, f"{max_prompt} prompt tokens")
+        question = text_field(record, "prompt", where)
+        _, answer = solution_of(record, where)
+        prompt = text.prompt(question)
+        if len(prompt) <= max_prompt:
+            kept.append((prompt, question, answer))
+    return kept, skipped(records, kept, path)
 
 
-def keep_short(records, path, fits, limit):
-    kept = [record for record in records if fits(record)]
+def skipped(records: list, kept: list, path) -> int:
+    """How many records were skipped as too long; DataError if all were."""
     if not kept:
-        raise DataError(f"{path}: all {len(records)} records are longer than {limit}: raise the limits")
-    return kept, len(records) - len(kept)
+        raise DataError(f"{path}: all {len(records)} records are longer than the limit: raise it")
+    return len(records) - len(kept)
 
 
-# ------------------------------------------------------------------- the toy task: triage by evidence
+# -----------------------------------------------------------------------------
+# the toy task: triage by evidence
 
 class Triage:
-    """Findings that point to conditions, invented words in an invented table; nothing medical is meant.
+    """Findings that point to conditions: invented words, nothing medical is meant.
 
-    A query lists findings, most of which point to one condition; a trace says line by line what each points
-    to, then names the condition that came up most. The base model learns from careless authors, who state a
-    finding right less than half the time; of some findings a *popular misconception* is stated more often
-    than the truth. So support for an answer rises as findings agree, and a trace that goes wrong can end
-    confident and wrong: the disease that HyTuning is for.
+    A query lists findings, most of which point to one condition. A trace says line by line what
+    each points to, then names the condition that came up most. The base model learns from careless
+    authors, who are right less than half the time; of every third finding they state a *popular
+    misconception* more often than the truth. So support for an answer rises as findings agree, and
+    a trace that goes wrong can end confident and wrong: what HyTuning is made for.
     """
-    FINDINGS, CONDITIONS, LISTED, AGREEING = 192, 8, 6, 4
+    FINDINGS, CONDITIONS = 192, 8
+    # In a query, and of these how many point to its condition.
+    LISTED, AGREEING = 6, 4
 
     def __init__(self, seed: int = 0):
         rng = np.random.default_rng([seed, 0])
-        syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+        syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
         names = []
         while len(names) < self.FINDINGS + self.CONDITIONS:
             name = "".join(rng.choice(syllables, 3))
             if name not in names:
                 names.append(name)
-        self.findings, self.conditions = names[:self.FINDINGS], names[self.FINDINGS:]
-        self.truth = rng.permutation(self.FINDINGS) % self.CONDITIONS  # what each finding points to
-        # What careless authors state of each finding: probabilities over conditions, [FINDINGS, CONDITIONS].
-        believed = np.full((self.FINDINGS, self.CONDITIONS), 0.0)
-        for f, true in enumerate(self.truth):
+        self.findings = names[:self.FINDINGS]
+        self.conditions = names[self.FINDINGS:]
+        # The condition that each finding points to: [FINDINGS].
+        self.truth = rng.permutation(self.FINDINGS) % self.CONDITIONS
+        # How often careless authors state each condition of a finding: [FINDINGS, CONDITIONS].
+        self.believed = np.zeros((self.FINDINGS, self.CONDITIONS))
+        for finding, true in enumerate(self.truth):
             wrong = rng.choice([c for c in range(self.CONDITIONS) if c != true])
-            p_true, p_wrong = (0.26, 0.54) if f % 3 == 0 else (0.50, 0.10)
-            believed[f] = (1 - p_true - p_wrong) / (self.CONDITIONS - 2)
-            believed[f, true], believed[f, wrong] = p_true, p_wrong
-        self.believed = believed
+            p_true, p_wrong = 0.50, 0.10
+            if finding % 3 == 0:
+                p_true, p_wrong = 0.26, 0.54
+            self.believed[finding] = (1 - p_true - p_wrong) / (self.CONDITIONS - 2)
+            self.believed[finding, true] = p_true
+            self.believed[finding, wrong] = p_wrong
 
-    def query(self, rng) -> tuple[list[int], int]:
-        """(findings, the condition that most of them point to); each other condition comes up once at most."""
+    def query(self, rng) -> list[int]:
+        """Findings of which AGREEING point to one condition, each of the rest to another one."""
         condition, *others = rng.permutation(self.CONDITIONS)[:1 + self.LISTED - self.AGREEING]
-        agreeing = rng.choice(np.flatnonzero(self.truth == condition), self.AGREEING, replace=False)
-        rest = [rng.choice(np.flatnonzero(self.truth == c)) for c in others]
-        return list(rng.permutation([*agreeing, *rest])), int(condition)
-
-    def question(self, findings) -> str:
-        return "Findings:\n" + "\n".join(f"{i} {self.findings[f]}" for i, f in enumerate(findings, 1))
-
-    def solution(self, findings, stated) -> tuple[str, str]:
-        """(reasoning, answer) of an author who states these conditions: the one stated most, first of equals."""
-        lines = [f"{i} {self.findings[f]} suggests {self.conditions[c]}"
-                 for i, (f, c) in enumerate(zip(findings, stated), 1)]
-        return "\n".join(lines), self.conditions[max(stated, key=list(stated).count)]
+        pointing = np.flatnonzero(self.truth == condition)
+        listed = list(rng.choice(pointing, self.AGREEING, replace=False))
+        for other in others:
+            listed.append(rng.choice(np.flatnonzero(self.truth == other)))
+        return list(rng.permutation(listed))
 
     def record(self, rng, careless: bool = False) -> dict:
         """A record with prompt, reasoning and answer, by a careful author or a careless one."""
-        findings, _ = self.query(rng)
-        stated = [rng.choice(self.CONDITIONS, p=self.believed[f]) if careless else self.truth[f] for f in findings]
-        reasoning, answer = self.solution(findings, stated)
-        return {"prompt": self.question(findings), "reasoning": reasoning, "answer": answer}
+        findings = ["Findings:"]
+        reasoning = []
+        stated = []
+        for i, finding in enumerate(self.query(rng), 1):
+            condition = self.truth[finding]
+            if careless:
+                condition = rng.choice(self.CONDITIONS, p=self.believed[finding])
+            stated.append(self.conditions[condition])
+            findings.append(f"{i} {self.findings[finding]}")
+            reasoning.append(f"{i} {self.findings[finding]} suggests {stated[-1]}")
+        # The condition stated most often, the first of equals.
+        answer = max(stated, key=stated.count)
+        return {"prompt": "\n".join(findings), "reasoning": "\n".join(reasoning), "answer": answer}
 
-    def write(self, folder, seed: int = 0, traces: int = 16, queries: int = 2000, held_out: int = 200):
-        """labeled.jsonl, unlabeled.jsonl, eval.jsonl; and tokenizer files, a word (or a sign) a token."""
+    def write(self, folder, seed=0, traces=16, queries=2000, held_out=200) -> tuple[int, int]:
+        """Write labeled, unlabeled and eval.jsonl, and a tokenizer; (vocab_size, end_id) of it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for number, (name, count, fields) in enumerate([("labeled", traces, ("prompt", "reasoning", "answer")),
-                                                        ("unlabeled", queries, ("prompt",)),
-                                                        ("eval", held_out, ("prompt", "answer"))], 1):
+        files = [("labeled", traces, ["prompt", "reasoning", "answer"]),
+                 ("unlabeled", queries, ["prompt"]),
+                 ("eval", held_out, ["prompt", "answer"])]
+        for number, (name, count, fields) in enumerate(files, 1):
             rng = np.random.default_rng([seed, number])
-            records = [self.record(rng) for _ in range(count)]
-            lines = [json.dumps({field: record[field] for field in fields}) for record in records]
-            (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+            with open(folder / f"{name}.jsonl", "w") as file:
+                for _ in range(count):
+                    record = self.record(rng)
+                    file.write(json.dumps({field: record[field] for field in fields}) + "\n")
+        return self.write_tokenizer(folder)
 
-        text = "\n".join(["Findings:", INSTRUCTION.format(marker=MARKER), *"123456", MARKER, "1 suggests",
-                          " ".join(["", *self.findings, *self.conditions])])
+    def write_tokenizer(self, folder: Path) -> tuple[int, int]:
+        """A tokenizer with a token for each word (with the space before it) and each sign."""
+        instruction = INSTRUCTION.format(marker=MARKER)
+        names = " ".join(["", *self.findings, *self.conditions])
+        text = "\n".join(["Findings:", instruction, *"123456", MARKER, "1 suggests", names])
         split = pre_tokenizers.Split(Regex(r" ?\w+|\s|[^\s\w]"), "isolated")
-        words = dict.fromkeys(["<unk>", "<end>", *(word for word, _ in split.pre_tokenize_str(text))])
-        words = {word: i for i, word in enumerate(words)}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-        tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.Fuse()
+        words = ["<unk>", "<end>"] + [word for word, _ in split.pre_tokenize_str(text)]
+        vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
+        tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = split
+        tokenizer.decoder = decoders.Fuse()
         tokenizer.add_special_tokens(["<unk>", "<end>"])
         tokenizer.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text(json.dumps(
-            {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "unk_token": "<unk>"}))
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": words["<end>"]}))
-        return len(words), words["<end>"]
+        end = vocab["<end>"]
+        names = {"tokenizer_class": "PreTrainedTokenizerFast",
+                 "eos_token": "<end>", "unk_token": "<unk>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(names))
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+        return len(vocab), end

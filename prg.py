@@ -1,171 +1,254 @@
-"""Does the reasoning progressively earn its answer? Support, PRG, and how far a confidence can be believed.
+"""Does the reasoning progressively earn its answer? Support, PRG, and can a confidence be believed?
 
-A *trace* is a prompt, reasoning steps and an answer introduced by a marker. *Support* p_k is the probability
-of the answer when the marker follows directly after the first k steps. *PRG*, the progressive reasoning
-gain, is the support gained from p_0 to p_K times how steadily it was gained. The second half measures a
-confidence against what turned out to be right: calibration error, Brier score, AUROC.
+A *trace* is a prompt, reasoning steps and an answer introduced by a marker. *Support* p_k is the
+probability of the answer when the marker follows directly after the first k steps. *PRG*, the
+progressive reasoning gain, is the support gained from p_0 to p_K times how steadily it was gained.
+The last part measures a confidence against what turned out to be right.
 
-The model is any callable `(input_ids, position_ids, attention_mask) -> logits`. This file imports nothing
-of the project, so it can be taken alone. Next to read: hytuning.py.
+The model is any callable `(input_ids, position_ids, attention_mask) -> logits`. This file imports
+nothing of the project, so it can be taken alone. Next to read: hytuning.py.
 
 SPDX-License-Identifier: MIT
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
-# ------------------------------------------------------------------------------------- traces, packing
+# -----------------------------------------------------------------------------
+# traces
 
 @dataclass
 class Trace:
-    """Token ids of prompt, reasoning, marker and answer, and where the reasoning may be cut.
+    """Token ids of a prompt and a response, and where the reasoning may be cut.
 
     The prefix after k steps is tokens[:cuts[k]], k = 0..K, so cuts[0] is the length of the prompt;
-    tokens[cuts[K]:answer_start] is the marker and tokens[answer_start:] the answer. `tail` is what follows
-    the answer (an end token, say): it takes no part in the support. An empty answer means that none
-    could be read. Raises ValueError for cuts that do not fit the tokens.
+    tokens[cuts[K]:answer_start] is the marker, tokens[answer_start:answer_end] the answer, by
+    default to the end. What follows it (an end token, say) takes no part in the support. An empty
+    answer means that there is none. Raises ValueError for cuts that do not fit the tokens.
     """
     tokens: list[int]
     cuts: list[int]
     answer_start: int
-    tail: list[int] = field(default_factory=list)
+    answer_end: int | None = None
 
     def __post_init__(self):
-        bounds = [1, *self.cuts, self.answer_start, len(self.tokens)]
+        if self.answer_end is None:
+            self.answer_end = len(self.tokens)
+        bounds = [1, *self.cuts, self.answer_start, self.answer_end, len(self.tokens)]
         if not self.cuts or bounds != sorted(bounds):
-            raise ValueError(f"cuts {self.cuts} and answer_start {self.answer_start} must rise from 1 (a prompt is "
-                             f"not empty) to the number of tokens, {len(self.tokens)}")
+            raise ValueError(f"cuts {self.cuts} and the answer's bounds {self.answer_start} and "
+                             f"{self.answer_end} must rise, from 1 to {len(self.tokens)} tokens")
 
+    @property
+    def prompt(self) -> list[int]:
+        return self.tokens[:self.cuts[0]]
+
+    @property
+    def response(self) -> list[int]:
+        return self.tokens[self.cuts[0]:]
+
+    @property
+    def answer(self) -> list[int]:
+        return self.tokens[self.answer_start:self.answer_end]
+
+
+# -----------------------------------------------------------------------------
+# packing: a prompt is computed once for all of its responses
 
 @dataclass
 class Packed:
-    """Traces laid out for one pass: row b is trace b, then K copies of its marker and answer.
+    """Traces laid out for one pass. A row is a tree: a prompt, then responses to it, and for the
+    support, behind each, a copy of marker and answer for every cut:
 
-    Copy k sees the prefix up to cut k and itself, at the positions it would have there; the answer that ends
-    the trace itself serves as copy K. So a trace of T tokens with an answer of A (marker included) costs
-    T + K (A - 1) tokens instead of the (K+1) T of separate passes, and gives the same numbers.
+        prompt | response 1 | copy 0 | copy 1 | ... | response 2 | copy 0 | copy 1 | ...
+
+    A slot sees itself, the prompt, and the slots before it in its own response or copy; a copy also
+    sees its response up to the cut. Positions are those of separate texts, so log-probabilities are
+    those of separate passes.
+
+    Each response or copy starts one token early: with the prompt's last token, or the last one
+    before its cut. That slot predicts its first token, so all of its tokens are predicted inside
+    it, and a missing marker or a prompt of one token needs no special case.
     """
     input_ids: Tensor  # [B, W]
     position_ids: Tensor  # [B, W]
-    attention_mask: Tensor  # [B, 1, W, W] bool, True where the query (first W) sees the key
-    # One entry for each (trace, k, answer token): its row, k, the slot that predicts it, and its id. [N] each
-    row: Tensor
-    step: Tensor
-    source: Tensor
-    target: Tensor
-    mask: Tensor  # [B, K_max+1] bool: the k that each trace has
-
-    def support(self, logprobs: Tensor) -> Tensor:
-        """p_k = exp(mean_t log pi(y_t | x, s_1..s_k, marker, y_<t)), [B, K_max+1], from logprobs [N]; else 0."""
-        where = (self.row, self.step)
-        total = torch.zeros(self.mask.shape, device=logprobs.device).index_put(where, logprobs, accumulate=True)
-        count = torch.zeros_like(total).index_put(where, torch.ones_like(logprobs), accumulate=True)
-        return torch.where(self.mask, (total / count.clamp(min=1)).exp(), 0.0)
+    attention_mask: Tensor  # [B, 1, W, W] bool, True where the query (third axis) sees the key
+    # What is predicted: n responses or, for the support, n copied answers, of up to T tokens.
+    trace: Tensor  # [n] of which trace
+    step: Tensor  # [n] after how many steps, for a copy
+    slots: Tensor  # [n, T] where its tokens are predicted, in the flat [B x W]
+    targets: Tensor  # [n, T] its tokens
+    mask: Tensor  # [n, T] bool: not padding
 
 
-def pack(traces: list[Trace], device=None) -> Packed:
-    """Lay traces out for one pass (see Packed). A trace without an answer has no copies, and mask False."""
-    ids, positions, owners, limits, cells = [], [], [], [], []
-    for b, trace in enumerate(traces):
-        K, end = len(trace.cuts) - 1, len(trace.tokens)
-        row = trace.tokens + trace.tail
-        position, owner, limit = list(range(len(row))), [0] * len(row), [end + len(trace.tail)] * len(row)
-        block = trace.tokens[trace.cuts[K]:]  # marker and answer; the last token predicts nothing and is not copied
-        for k in range(K + 1 if end > trace.answer_start else 0):
-            cut, start = trace.cuts[k], trace.cuts[K] if k == K else len(row)
-            if k < K:
-                row, n = row + block[:-1], len(block) - 1
-                position += range(cut, cut + n)
-                owner, limit = owner + [k + 1] * n, limit + [cut] * n
-            for t in range(trace.answer_start - trace.cuts[K], len(block)):  # t is 0 if there is no marker
-                cells.append((b, k, start + t - 1 if t else cut - 1, block[t]))
-        ids.append(row), positions.append(position), owners.append(owner), limits.append(limit)
+def pack(traces: list[Trace], copies: bool, tokens: int = 2048, width: int = 1024,
+         device=None) -> list[Packed]:
+    """Lay traces out in batches of at most `tokens` slots (or one row), padding included.
 
-    W, K_max = max(map(len, ids)), max(len(trace.cuts) for trace in traces) - 1
-    ids, positions, owner, limit = (torch.tensor([row + [fill] * (W - len(row)) for row in table], device=device)
-                                    for table, fill in ((ids, 0), (positions, 0), (owners, -1), (limits, 0)))
-    slot = torch.arange(W, device=device)
-    own = owner[:, :, None] == owner[:, None, :]  # padding sees padding, so that no row of the mask is empty
-    prefix = (owner[:, None, :] == 0) & (slot[None, None, :] < limit[:, :, None])
-    attention = (own | prefix) & (slot[:, None] >= slot)
-    row, step, source, target = torch.tensor(cells, dtype=torch.long, device=device).reshape(-1, 4).T
-    mask = torch.zeros(len(traces), K_max + 1, dtype=torch.bool, device=device)
-    mask[row, step] = True
-    return Packed(ids, positions, attention[:, None], row, step, source, target, mask)
-
-
-# ------------------------------------------------------------------------------------------ support, PRG
-
-@torch.no_grad()
-def answer_support(model, traces: list[Trace], device=None, tokens: int = 2048) -> tuple[Tensor, Tensor]:
-    """Support p_k of each trace after k = 0..K steps: (support [B, K_max+1], mask [B, K_max+1] bool).
-
-    `model` is any callable `(input_ids, position_ids, attention_mask) -> logits [B, T, V]`. Where it also has
-    `hidden_states` (with the same arguments) and `lm_head`, logits are computed only where an answer token is
-    predicted. device defaults to that of the model's parameters; tokens are those of one pass, padding included.
+    With `copies` their answers are predicted after every cut, else their responses. Consecutive
+    traces with the same prompt share a row while it stays within `width`, since attention costs the
+    square of a row; a longer trace has a row of its own.
     """
-    if device is None:
-        device = next((p.device for p in getattr(model, "parameters", list)()), None)
-    K_max = max((len(trace.cuts) for trace in traces), default=1) - 1
-    support = torch.zeros(len(traces), K_max + 1, device=device)
-    mask = torch.zeros(len(traces), K_max + 1, dtype=torch.bool, device=device)
-    for batch in batches_by_length([packed_length(trace) for trace in traces], tokens):
-        packed = pack([traces[i] for i in batch], device)
-        arguments = packed.input_ids, packed.position_ids, packed.attention_mask
-        if hasattr(model, "hidden_states"):
-            hidden, head = model.hidden_states(*arguments)[packed.row, packed.source], model.lm_head
+    rows, widths = [], []
+    for i, trace in enumerate(traces):
+        size = len(trace.response)
+        if copies:
+            if not trace.answer:
+                continue
+            copy = trace.answer_end - trace.cuts[-1]
+            size = trace.cuts[-1] - trace.cuts[0] + len(trace.cuts) * copy
+        if rows and traces[rows[-1][0]].prompt == trace.prompt and widths[-1] + size <= width:
+            rows[-1].append(i)
+            widths[-1] += size
         else:
-            hidden, head = model(*arguments)[packed.row, packed.source], lambda logits: logits
-        logprobs = torch.cat([head(h).float().log_softmax(-1).gather(1, target[:, None])[:, 0]
-                              for h, target in zip(hidden.split(512), packed.target.split(512))])  # N x V is large
-        rows, width = torch.tensor(batch, device=device), packed.mask.shape[1]
-        support[rows, :width], mask[rows, :width] = packed.support(logprobs), packed.mask
-    return support, mask
+            rows.append([i])
+            widths.append(len(trace.prompt) - 1 + size)
 
-
-def packed_length(trace: Trace) -> int:
-    """Slots that `pack` needs for this trace."""
-    has_answer = len(trace.tokens) > trace.answer_start
-    copies = (len(trace.cuts) - 1) * (len(trace.tokens) - trace.cuts[-1] - 1) if has_answer else 0
-    return len(trace.tokens) + len(trace.tail) + copies
-
-
-def batches_by_length(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices in batches of like length, each of at most `budget` slots with its padding (or one alone)."""
+    # Rows of like width go together, since a batch is as wide as its widest row.
+    order = sorted(range(len(rows)), key=lambda row: -widths[row])
     batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
-            batches.append([])
-        batches[-1].append(i)
+    while order:
+        count = max(1, tokens // (widths[order[0]] + 7))  # lay_out rounds up to a multiple of 8
+        batches.append(lay_out(traces, [rows[row] for row in order[:count]], copies, device))
+        order = order[count:]
     return batches
 
 
+PROMPT = -1  # the number of the prompt among the responses 1, 2, ...; 0 is padding
+
+
+def stretch(tokens: list[int], start: int, response: int, copy: int = 0) -> Tensor:
+    """Slots [len(tokens), 5] of consecutive tokens: token, position, number of the response, number
+    of the copy (0: the response itself), and the position at which the stretch begins."""
+    slots = torch.empty(len(tokens), 5, dtype=torch.long)
+    slots[:, 0] = torch.tensor(tokens)
+    slots[:, 1] = torch.arange(start, start + len(tokens))
+    slots[:, 2:] = torch.tensor((response, copy, start))
+    return slots
+
+
+def lay_out(traces: list[Trace], rows: list[list[int]], copies: bool, device=None) -> Packed:
+    """One batch; its row b holds the traces rows[b], whose prompt is the same."""
+    table = []  # [B] of slots [W, 5]
+    found = []  # [n] of (trace, step, row, slot that predicts the first of the targets)
+    targets = []  # [n] of token ids
+    for b, row in enumerate(rows):
+        prompt = traces[row[0]].prompt
+        slots = [stretch(prompt[:-1], 0, PROMPT)]
+        filled = len(prompt) - 1
+        for response, i in enumerate(row, 1):
+            trace = traces[i]
+            start, end = trace.cuts[0], trace.cuts[-1]
+            if copies:
+                slots.append(stretch(trace.tokens[start - 1:end - 1], start - 1, response))
+                filled += end - start
+                for k, cut in enumerate(trace.cuts):
+                    found.append((i, k, b, filled + trace.answer_start - end))
+                    targets.append(trace.answer)
+                    copy = trace.tokens[cut - 1:cut] + trace.tokens[end:trace.answer_end - 1]
+                    slots.append(stretch(copy, cut - 1, response, copy=k + 1))
+                    filled += len(copy)
+            else:
+                found.append((i, 0, b, filled))
+                targets.append(trace.response)
+                slots.append(stretch(trace.tokens[start - 1:-1], start - 1, response))
+                filled += len(trace.response)
+        table.append(torch.cat(slots))
+
+    table = pad_sequence(table, batch_first=True)
+    # A multiple of 8, for CUDA's attention kernels.
+    table = F.pad(table, (0, 0, 0, -table.shape[1] % 8)).to(device)
+    ids, position, response, copy, start = table.unbind(-1)  # [B, W] each
+    trace, step, row, first = torch.tensor(found, device=device).T  # [n] each
+    mask = pad_sequence([torch.ones(len(x), dtype=torch.bool) for x in targets], batch_first=True)
+    mask = mask.to(device)  # [n, T]
+    targets = [torch.tensor(x, dtype=torch.long) for x in targets]
+    targets = pad_sequence(targets, batch_first=True).to(device)  # [n, T]
+    slots = (row * table.shape[1] + first)[:, None] + torch.arange(mask.shape[1], device=device)
+    attention_mask = tree_mask(position, response, copy, start)
+    return Packed(ids, position, attention_mask, trace, step, slots * mask, targets, mask)
+
+
+def tree_mask(position: Tensor, response: Tensor, copy: Tensor, start: Tensor) -> Tensor:
+    """[B, 1, W, W] bool, which key (last axis) a query sees, from what `stretch` says [B, W]."""
+    query = (slice(None), slice(None), None)
+    key = (slice(None), None)
+    W = position.shape[1]
+    before = torch.ones(W, W, dtype=torch.bool, device=position.device).tril()
+    in_prompt = response[key] == PROMPT
+    same_response = response[query] == response[key]
+    same_copy = copy[query] == copy[key]
+    above_cut = (copy[key] == 0) & (position[key] < start[query])
+    return (before & (in_prompt | same_response & (same_copy | above_cut)))[:, None]
+
+
+# -----------------------------------------------------------------------------
+# support and PRG
+
+@torch.no_grad()
+def answer_support(model, traces: list[Trace], tokens: int = 2048, device=None):
+    """Support of each trace after k = 0..K steps: (support [B, K_max+1], mask [B, K_max+1] bool).
+
+        p_k = exp(mean_t log pi(y_t | x, s_1..s_k, marker, y_<t))
+
+    The mask says which k a trace has: none without an answer. `model` is any callable `(input_ids,
+    position_ids, attention_mask) -> logits [B, T, V]`; where it also has `hidden_states` (with the
+    same arguments) and `lm_head`, logits are computed only where an answer is predicted. device
+    defaults to that of the model's parameters; tokens are those of one pass, padding included.
+    """
+    if device is None and hasattr(model, "parameters"):
+        device = next(model.parameters()).device
+    depth = max([len(trace.cuts) for trace in traces], default=1)
+    support = torch.zeros(len(traces), depth, device=device)
+    mask = torch.zeros(len(traces), depth, dtype=torch.bool, device=device)
+    lm_head = getattr(model, "lm_head", None) if hasattr(model, "hidden_states") else None
+    for batch in pack(traces, copies=True, tokens=tokens, device=device):
+        inputs = (batch.input_ids, batch.position_ids, batch.attention_mask)
+        output = model.hidden_states(*inputs) if lm_head else model(*inputs)
+        output = output.flatten(0, 1)[batch.slots[batch.mask]]
+        logprobs = []
+        # In pieces, since all logits at once are large.
+        for x, target in zip(output.split(512), batch.targets[batch.mask].split(512)):
+            logits = lm_head(x) if lm_head else x
+            logprobs.append(logits.float().log_softmax(-1).gather(1, target[:, None])[:, 0])
+        total = torch.zeros(batch.mask.shape, device=device)
+        total[batch.mask] = torch.cat(logprobs)
+        support[batch.trace, batch.step] = (total.sum(1) / batch.mask.sum(1)).exp()
+        mask[batch.trace, batch.step] = True
+    return support, mask
+
+
 def progressive_reasoning_gain(support: Tensor, mask: Tensor) -> Tensor:
-    """PRG [B] in [-1, 1] from support p [B, K_max+1] and the mask [B, K_max+1] of the k that each trace has.
+    """PRG [B] in [-1, 1] from support p [B, K_max+1] and the mask of the k that each trace has.
 
-        g_k = p_k - p_{k-1},   D = p_K - p_0,   PRG = D * D^2 / (K * sum_k g_k^2)
+        g_k = p_k - p_{k-1},   D = p_K - p_0,   steadiness = D^2 / (K * sum_k g_k^2)
+        PRG = D * steadiness
 
-    The factor after D is the steadiness, in [0, 1] by Cauchy-Schwarz: 1 if every step adds the same, 1/K if
-    one step does it all, as the only step of K = 1 does. PRG is 0 where nothing changes, and -1 for a row whose
-    mask is empty: no answer.
-    The name and the idea are HyTuning's (arXiv 2604.08454); the formula is this project's.
+    The steadiness is in [0, 1] by Cauchy-Schwarz: 1 if every step adds the same, 1/K if one step
+    does it all (and 1 for K = 1). PRG is 0 where nothing changes, and -1 without an answer. The
+    name and the idea are HyTuning's (arXiv 2604.08454); the formula is this project's.
     """
     p = support.double()
     g = (p[:, 1:] - p[:, :-1]) * mask[:, 1:]
-    D, K = g.sum(-1), mask[:, 1:].sum(-1)
+    D = g.sum(-1)
+    K = mask[:, 1:].sum(-1)
     energy = K * g.square().sum(-1)
     steadiness = torch.where(energy > 0, D.square() / energy.clamp(min=1e-300), 0.0)
     return torch.where(mask.any(-1), D * steadiness, -1.0).to(support.dtype)
 
 
-# ------------------------------------------------------------------------- can the confidence be believed?
+# -----------------------------------------------------------------------------
+# can the confidence be believed?
 
 def expected_calibration_error(confidence, correct, bins: int = 10) -> float:
-    """Mean distance between confidence and accuracy over equal bins of confidence, weighted by their size.
+    """Mean distance of confidence and accuracy over equal bins of confidence, weighted by size.
 
-    confidence [N] in [0, 1], correct [N] bool or 0/1. Guo et al., arXiv 1706.04599. nan for no data.
+    confidence [N] in [0, 1], correct [N] bool or 0/1; NaN for no data. Guo et al., 1706.04599.
+    This and the two below raise ValueError for other values, NaN included, and unequal lengths.
     """
     confidence, correct = as_columns(confidence, correct)
     index = (confidence * bins).long().clamp(max=bins - 1)
@@ -174,27 +257,31 @@ def expected_calibration_error(confidence, correct, bins: int = 10) -> float:
 
 
 def brier_score(confidence, correct) -> float:
-    """Mean squared distance between confidence [N] and correctness [N]: 0 is perfect (Brier, 1950)."""
+    """Mean squared distance of confidence [N] and correctness [N]: 0 is perfect (Brier, 1950)."""
     confidence, correct = as_columns(confidence, correct)
     return (confidence - correct).square().mean().item()
 
 
 def auroc(confidence, correct) -> float:
-    """Probability that a right answer has more confidence than a wrong one, ties half (Mann-Whitney).
+    """Probability that a right answer has more confidence than a wrong one, ties half.
 
-    0.5 is chance; nan where all are right or all wrong.
+    The Mann-Whitney statistic: 0.5 is chance; NaN where all are right or all wrong.
     """
     confidence, correct = as_columns(confidence, correct)
     values, rank_of = confidence.unique(return_inverse=True)
     count = torch.bincount(rank_of, minlength=len(values)).double()
-    rank = (count.cumsum(0) - (count - 1) / 2)[rank_of]  # from 1; equal values share their mean rank
-    right, wrong = correct.sum(), (1 - correct).sum()
+    # Ranks count from 1; equal values share their mean rank.
+    rank = (count.cumsum(0) - (count - 1) / 2)[rank_of]
+    right = correct.sum()
+    wrong = len(correct) - right
     return ((rank @ correct - right * (right + 1) / 2) / (right * wrong)).item()
 
 
 def as_columns(confidence, correct) -> tuple[Tensor, Tensor]:
     confidence = torch.as_tensor(confidence, dtype=torch.double).cpu().flatten()
     correct = torch.as_tensor(correct, dtype=torch.double).cpu().flatten()
-    if len(confidence) != len(correct) or ((confidence < 0) | (confidence > 1)).any():
-        raise ValueError("confidence must lie in [0, 1] and have one entry for each entry of correct")
+    if len(confidence) != len(correct) or not ((correct == 0) | (correct == 1)).all():
+        raise ValueError("correct must be 0 or 1 for each entry of confidence")
+    if not ((confidence >= 0) & (confidence <= 1)).all():
+        raise ValueError("confidence must lie in [0, 1]")
     return confidence, correct

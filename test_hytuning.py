@@ -1,8 +1,9 @@
-"""What the code claims, against definitions: a naive loop, `transformers`, a count, a hand computation.
+"""What the code claims, against definitions: a naive loop, `transformers`, a hand computation, a
+finite difference, one process against two.
 
-In the order in which a reader meets the ideas: prg, hytuning, model, sampling, data, train. It takes about six
-minutes on a CPU. Where `transformers` is not installed, the comparisons with it are skipped. With
-HYTUNING_SMOLLM2=FOLDER, a real checkpoint with a reference.json in it, one more test runs.
+In the order in which a reader meets the ideas: prg, hytuning, model, sampling, data, train, several
+processes, README. It takes about three minutes on a CPU. What is compared with
+`transformers` is skipped where that is not installed, and so is what `hypothesis` makes up.
 
 SPDX-License-Identifier: MIT
 """
@@ -11,36 +12,43 @@ import math
 import os
 import random
 import re
-import shlex
 import shutil
-import socket
+import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import nn
 
 import data
 import model as decoder
+import prg
 import train
-from hytuning import (adaptive_weights, distillation_loss, entropy, group_advantages, hytuning_loss,
-                      over_vocabulary, pool_by_answer, rlif_loss, self_certainty, token_logprobs)
+from hytuning import (adaptive_weights, distillation_loss, entropy, group_advantages,
+                      head_logprobs, hytuning_loss, pool_by_answer, rlif_loss, self_certainty,
+                      token_logprobs)
 from model import CheckpointError, Config, Decoder, generate, load_pretrained, save_pretrained
-from prg import Trace, answer_support, auroc, brier_score, expected_calibration_error, progressive_reasoning_gain
+from prg import (Trace, answer_support, auroc, brier_score, expected_calibration_error, pack,
+                 progressive_reasoning_gain)
 
 try:
     from hypothesis import given, settings, strategies as st
     settings.register_profile("here", deadline=None, derandomize=True)
     settings.load_profile("here")
-except ImportError:  # the tests on generated cases are skipped
-    from unittest.mock import MagicMock
-    st, settings = MagicMock(), lambda **_: lambda test: test
-    given = lambda *_: pytest.mark.skip(reason="hypothesis, which generates the cases, is not installed")  # noqa: E731
+except ImportError:
+    st = MagicMock()
+
+    def given(*_, **__):
+        return pytest.mark.skip(reason="hypothesis, which makes up the cases, is not installed")
+    settings = given
 
 VOCAB = 61
 
@@ -54,373 +62,376 @@ def tiny(vocab=VOCAB, **options) -> Decoder:
 
 
 def transformers():
-    return pytest.importorskip("transformers", reason="the reference that the decoder is compared with")
+    return pytest.importorskip("transformers", reason="what the decoder is compared with")
 
 
 def close(a, b, tolerance=1e-6):
-    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=tolerance, atol=tolerance,
-                               check_dtype=False)
+    a, b = (torch.as_tensor(x).detach() for x in (a, b))
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
-# ------------------------------------------------------------------------------------------------- prg
 
-def gain(*supports) -> float:
-    p = torch.tensor([supports])
-    return progressive_reasoning_gain(p, torch.ones_like(p, dtype=torch.bool)).item()
+MODEL = tiny()
+
+# -----------------------------------------------------------------------------
+# prg
 
 
 def test_gain_rewards_steady_support():
-    assert gain(0, 0.25, 0.5, 0.75, 1) == pytest.approx(1), "equal steps from no idea to certain"
-    assert gain(0, 0, 0, 0.9, 0.9) == pytest.approx(0.9 / 4), "one step does it all: 1/K of what was gained"
-    assert 0 < gain(0.1, 0.9, 0.1, 0.9, 0.2) < 0.01, "back and forth"
-    assert gain(0.99, 0.99, 0.99) == 0, "certain from the start, nothing earned"
-    assert gain(1, 0.5, 0) == pytest.approx(-1), "support lost step by step"
-    assert gain(0.2, 0.7) == pytest.approx(0.5), "one step: the net gain"
-    assert gain(0.7) == 0, "no step, nothing earned"
-    nothing = torch.zeros(1, 3)
-    assert progressive_reasoning_gain(nothing, nothing.bool()).item() == -1, "no answer"
+    for supports, expected in (
+            ([0, 0.25, 0.5, 0.75, 1], 1),  # equal steps from no idea to certain
+            ([0, 0, 0, 0.9, 0.9], 0.9 / 4),  # one step does it all: 1/K of the gain
+            ([0.99, 0.99, 0.99], 0),  # certain from the start, nothing earned
+            ([1, 0.5, 0], -1), ([0.2, 0.7], 0.5), ([0.7], 0)):
+        p = torch.tensor([supports])
+        found = progressive_reasoning_gain(p, torch.ones_like(p, dtype=torch.bool))
+        assert found.item() == pytest.approx(expected)
+
+
+def gain_by_definition(p: list[float]) -> float:
+    if not p:
+        return -1.0
+    steps = [b - a for a, b in zip(p, p[1:])]
+    if not any(steps):
+        return 0.0
+    return (p[-1] - p[0])**3 / (len(steps) * sum(g * g for g in steps))
 
 
 @given(st.lists(st.lists(st.floats(0, 1, width=32), max_size=7), min_size=1, max_size=5))
 def test_gain_is_its_definition_within_bounds_whatever_the_padding(rows):
     width = max(map(len, rows)) + 1
-    p = torch.full((len(rows), width), 0.5)  # what stands in the padding must not matter
+    # What stands in the padding must not matter.
+    p = torch.full((len(rows), width), 0.5)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
-        p[i, :len(row)], mask[i, :len(row)] = torch.tensor(row), True
-
-    def definition(row):
-        steps = [b - a for a, b in zip(row, row[1:])]
-        if not any(steps):
-            return 0.0 if row else -1.0
-        return (row[-1] - row[0])**3 / (len(steps) * sum(g * g for g in steps))
+        p[i, :len(row)] = torch.tensor(row)
+        mask[i, :len(row)] = True
     found = progressive_reasoning_gain(p, mask)
-    close(found, [definition(row) for row in rows])
+    close(found, [gain_by_definition(row) for row in rows])
     assert found.abs().max() <= 1 + 1e-6
 
 
+def make_trace(steps, prompt=3, marker=2, answer=2, tail=0, seed=0) -> Trace:
+    """A trace with parts of these lengths: random tokens, but prompts of one length are equal."""
+    cuts = [prompt]
+    for length in steps:
+        cuts.append(cuts[-1] + length)
+    start = cuts[-1] + marker
+    rng = random.Random(seed)
+    response = [rng.randrange(VOCAB) for _ in range(start + answer + tail - prompt)]
+    return Trace([*range(20, 20 + prompt), *response], cuts, start, start + answer)
+
+
+# Of different depth, cuts repeated, no step, an answer of one token, no marker, no answer, a tail;
+# next to each other with the same prompt and with another one.
+TRACES = [make_trace([4, 3, 5]), make_trace([2] * 6, seed=1), make_trace([3, 0, 0, 2], seed=2),
+          make_trace([], seed=3), make_trace([3, 2], answer=1, tail=2, seed=4),
+          make_trace([3, 2], prompt=4, marker=0, seed=5),
+          make_trace([2, 2], prompt=4, marker=0, answer=1, seed=6),
+          make_trace([3], answer=0, tail=1, seed=7),
+          make_trace([1, 1], prompt=1, tail=3, answer=4, seed=8),
+          make_trace([2, 6], prompt=1, answer=3, seed=9)]
+
+
+@torch.no_grad()
 def separate_passes(model, trace) -> list[float]:
     """Support by its definition: for each k one pass over prefix, marker and answer."""
-    marker, answer = trace.tokens[trace.cuts[-1]:trace.answer_start], trace.tokens[trace.answer_start:]
+    marker = trace.tokens[trace.cuts[-1]:trace.answer_start]
+    answer = trace.tokens[trace.answer_start:trace.answer_end]
     supports = []
     for cut in trace.cuts if answer else []:
         ids = trace.tokens[:cut] + marker + answer
-        with torch.no_grad():
-            logprobs = model(torch.tensor([ids]))[0].log_softmax(-1)
+        logprobs = model(torch.tensor([ids]))[0].log_softmax(-1)
         first = cut + len(marker)
-        supports.append(math.exp(sum(logprobs[first + t - 1, y] for t, y in enumerate(answer)) / len(answer)))
+        total = sum(logprobs[first + t - 1, y].item() for t, y in enumerate(answer))
+        supports.append(math.exp(total / len(answer)))
     return supports
 
 
-def make_trace(steps, prompt=3, marker=2, answer=2, tail=0, seed=0) -> Trace:
-    """A trace of random tokens with parts of these lengths."""
-    rng, cuts = random.Random(seed), [prompt]
-    for length in steps:
-        cuts.append(cuts[-1] + length)
-    tokens = [rng.randrange(VOCAB) for _ in range(cuts[-1] + marker + answer + tail)]
-    end = len(tokens) - tail
-    return Trace(tokens[:end], cuts, cuts[-1] + marker, tokens[end:])
-
-
-TRACES = [make_trace([4, 3, 5]), make_trace([2] * 6, seed=1), make_trace([3, 0, 0, 2], seed=2),
-          make_trace([], seed=3), make_trace([3, 2], answer=1, seed=4), make_trace([3, 2], marker=0, seed=5),
-          make_trace([2, 2], marker=0, answer=1, seed=6), make_trace([3], answer=0, seed=7),
-          make_trace([1, 1], prompt=1, tail=3, answer=4, seed=8)]
-
-
-def check_support(model, traces):
-    support, mask = answer_support(model, traces)
+def check_support(model, traces, tokens=2048, width=1024):
+    with patch.object(prg, "pack", partial(pack, width=width)):
+        support, mask = answer_support(model, traces, tokens)
     for trace, p, m in zip(traces, support, mask):
         expected = separate_passes(model, trace)
         assert m.tolist() == [True] * len(expected) + [False] * (len(m) - len(expected))
         close(p[m], expected, 1e-5)
 
 
-MODEL = tiny()
+def test_packed_support_is_that_of_separate_passes():
+    check_support(MODEL, TRACES)
 
 
-@pytest.mark.parametrize("model", [MODEL, tiny(use_sliding_window=True, sliding_window=5, max_window_layers=1),
-                                   lambda *inputs: MODEL(*inputs)], ids=["decoder", "sliding window", "callable"])
-def test_packed_support_is_that_of_separate_passes(model):
-    """Of different depth, cuts repeated, no step, a one-token answer, no marker, no answer, a tail."""
-    check_support(model, TRACES)
+SHAPES = st.builds(make_trace, st.lists(st.integers(0, 4), max_size=4), st.integers(1, 3),
+                   st.integers(0, 2), st.integers(0, 3), st.integers(0, 2), st.integers(0, 99))
 
 
-LENGTHS = st.builds(make_trace, st.lists(st.integers(0, 4), max_size=4), st.integers(1, 4), st.integers(0, 2),
-                    st.integers(0, 3), st.integers(0, 2), st.integers(0, 99))
-
-
-@settings(max_examples=30)
-@given(st.lists(LENGTHS, min_size=1, max_size=4))
-def test_packed_support_of_any_trace(traces):
-    check_support(MODEL, traces)
+@settings(max_examples=40)
+@given(st.lists(SHAPES, min_size=1, max_size=6), st.sampled_from([1, 64, 2048]), st.integers(1, 99))
+def test_packed_support_of_any_traces(traces, tokens, width):
+    check_support(MODEL, traces, tokens, width)
 
 
 def test_support_through_a_transformers_model():
     tf = transformers()
     torch.manual_seed(0)
-    other = tf.LlamaForCausalLM(tf.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        initializer_range=0.3, attn_implementation="sdpa")).eval()
-    check_support(lambda ids, positions=None, mask=None:
-                  other(ids, position_ids=positions, attention_mask=mask).logits, TRACES)
+    llama = tf.LlamaForCausalLM(tf.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, initializer_range=0.3, attn_implementation="sdpa")).eval()
+
+    def model(ids, positions=None, mask=None):
+        return llama(ids, position_ids=positions, attention_mask=mask).logits
+    check_support(model, TRACES)
+
+
+def plain_logprobs(model, trace) -> torch.Tensor:
+    """log pi of each token of the response, [T], by a pass of its own."""
+    logits = model(torch.tensor([trace.tokens]))[0, trace.cuts[0] - 1:-1]
+    return token_logprobs(logits, torch.tensor(trace.response))
+
+
+# Three prompts with five responses each, of 3 to 20 tokens.
+GROUPS = [make_trace([2 * j, j], prompt=3 + 4 * i, tail=1, seed=5 * i + j)
+          for i in range(3) for j in range(5)]
+
+
+@pytest.mark.parametrize("width, tokens, rows", [(1, 1, 15), (30, 64, 10), (48, 256, 6),
+                                                 (1024, 2048, 3)])
+def test_packed_responses_have_the_log_probabilities_and_gradients_of_separate_passes(
+        width, tokens, rows):
+    model = tiny()
+    factors = torch.linspace(-1, 1, len(GROUPS))
+    found = {}
+    batches = pack(GROUPS, copies=False, tokens=tokens, width=width)
+    assert sum(len(batch.input_ids) for batch in batches) == rows
+    for batch in batches:
+        for i, row, mask in zip(batch.trace.tolist(), train.Policy(model)(batch), batch.mask):
+            found[i] = row[mask]
+    plain = [plain_logprobs(model, trace) for trace in GROUPS]
+    for i, expected in enumerate(plain):
+        close(found[i], expected, 1e-5)
+    packed_loss = sum(factor * found[i].sum() for i, factor in enumerate(factors))
+    plain_loss = sum(factor * x.sum() for factor, x in zip(factors, plain))
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(packed_loss, parameters),
+                    torch.autograd.grad(plain_loss, parameters)):
+        close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 300, 2048])
+def test_a_pass_has_at_most_the_slots_it_may(tokens):
+    for batch in pack(GROUPS, False, tokens, 30) + pack(GROUPS, True, tokens, 60):
+        assert batch.input_ids.numel() <= tokens or len(batch.input_ids) == 1
 
 
 def test_cuts_that_do_not_fit_are_refused():
-    for cuts, answer_start in (([], 2), ([0, 1], 2), ([2, 1], 3), ([1, 3], 2), ([1], 9)):
-        with pytest.raises(ValueError):
-            Trace([1, 2, 3, 4], cuts, answer_start)
+    for cuts, start, end in (([], 2, 4), ([0, 1], 2, 4), ([2, 1], 3, 4), ([1, 3], 2, 4),
+                             ([1], 9, 9), ([1], 3, 2), ([1], 2, 5)):
+        with pytest.raises(ValueError, match="cuts"):
+            Trace([1, 2, 3, 4], cuts, start, end)
+    trace = Trace([1, 2, 3, 4], [2, 3], 3)
+    assert (trace.prompt, trace.response, trace.answer_end) == ([1, 2], [3, 4], 4)
 
 
 # Confidences as they come up: k of n votes. In whole numbers the bin has no rounding.
-VOTES = st.lists(st.integers(1, 20).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n), st.booleans())),
-                 min_size=1, max_size=40)
+VOTE = st.integers(1, 20).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n), st.booleans()))
 
 
-@given(VOTES)
+@given(st.lists(VOTE, min_size=1, max_size=40))
 def test_calibration_measures_are_their_definitions(votes):
-    confidence, correct = [k / n for k, n, _ in votes], [right for _, _, right in votes]
+    confidence = [k / n for k, n, _ in votes]
+    correct = torch.tensor([right for _, _, right in votes])
     bins = {}
     for k, n, right in votes:
-        bins.setdefault(min(10 * k // n, 9), []).append((k / n, right))
-    gaps = [abs(sum(c for c, _ in b) / len(b) - sum(r for _, r in b) / len(b)) * len(b) for b in bins.values()]
-    close(expected_calibration_error(confidence, correct), sum(gaps) / len(votes))
-    close(brier_score(confidence, correct), sum((c - r)**2 for c, r in zip(confidence, correct)) / len(votes))
-    pairs = [(a > b) + 0.5 * (a == b) for a, right in zip(confidence, correct) if right
-             for b, other in zip(confidence, correct) if not other]
-    if pairs:
-        close(auroc(confidence, correct), sum(pairs) / len(pairs))
-    else:
-        assert math.isnan(auroc(confidence, correct)), "no right or no wrong answer: nothing to tell apart"
+        bins.setdefault(min(10 * k // n, 9), []).append(k / n - right)
+    expected = sum(abs(sum(gaps)) for gaps in bins.values()) / len(votes)
+    close(expected_calibration_error(confidence, correct), expected)
+    errors = [(k / n - right)**2 for k, n, right in votes]
+    close(brier_score(confidence, correct), sum(errors) / len(votes))
+    pairs = []
+    for a, right in zip(confidence, correct):
+        for b, other in zip(confidence, correct):
+            if right and not other:
+                pairs.append((a > b) + 0.5 * (a == b))
+    expected = sum(pairs) / len(pairs) if pairs else math.nan
+    assert auroc(confidence, correct) == pytest.approx(expected, nan_ok=True)
 
 
-def test_calibration_by_hand():
-    assert expected_calibration_error([0, 1, 0.7, 0.7], [0, 1, 1, 0]) == pytest.approx(0.1), "edge bins are exact"
-    assert brier_score(torch.tensor([1.0, 0.5]), torch.tensor([False, True])) == pytest.approx(0.625)
-    assert auroc([0.5, 0.5], [1, 0]) == 0.5, "a tie counts half"
-    with pytest.raises(ValueError):
-        brier_score([1.5], [1])
+def test_confidences_that_are_none_are_refused():
+    for confidence, correct in (([1.5], [1]), ([0.5], [2]), ([0.5, 0.5], [1])):
+        with pytest.raises(ValueError):
+            brier_score(confidence, correct)
 
 
-# -------------------------------------------------------------------------------------------- hytuning
+# -----------------------------------------------------------------------------
+# hytuning
 
 def random_logits(*shape, dtype=torch.double):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=dtype) * 2
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(*shape, generator=generator, dtype=dtype) * 2
 
 
 def test_certainty_and_entropy_are_their_definitions():
-    logits, V = random_logits(3, 5, 7), 7
+    logits = random_logits(3, 5, 7)
     pi = logits.softmax(-1)
-    close(self_certainty(logits), sum(1 / V * torch.log(1 / V / pi[..., v]) for v in range(V)))  # KL(U || pi)
+    V = 7
+    divergence = sum(1 / V * torch.log(1 / V / pi[..., v]) for v in range(V))  # KL(U || pi)
+    close(self_certainty(logits), divergence)
     close(entropy(logits), -sum(pi[..., v] * pi[..., v].log() for v in range(V)))
     targets = torch.arange(15).reshape(3, 5) % V
     close(token_logprobs(logits, targets), pi.gather(-1, targets[..., None])[..., 0].log())
     close(self_certainty(torch.full((2, 9), 3.0)), [0.0, 0.0])
-    assert (self_certainty(logits) > 0).all()
 
 
 def test_advantages_of_a_group(recwarn):
     rewards = random_logits(12)
     A = group_advantages(rewards, 4).view(3, 4)
+    r = rewards.view(3, 4)
     close(A.mean(1), [0.0] * 3)
     close(A.std(1, unbiased=False), [1.0] * 3, 1e-3)
-    r = rewards.view(3, 4)
     assert ((A > 0) == (r > r.mean(1, keepdim=True))).all(), "a sign is never flipped"
     assert (A.argsort(1) == r.argsort(1)).all()
-    assert (group_advantages(torch.full((6,), 0.1), 3).abs() < 1e-3).all(), "nothing to prefer"
     assert group_advantages(rewards, 1).tolist() == [0] * 12 and not recwarn.list
+    for reward, group in ((0.1, 3), (1000.1, 8), (-7.3, 6)):
+        for dtype in (torch.float32, torch.float64):
+            equal = torch.full((2 * group,), reward, dtype=dtype)
+            assert group_advantages(equal, group).tolist() == [0] * len(equal), "exactly"
     with pytest.raises(ValueError):
         group_advantages(rewards, 5)
 
 
-def test_a_weight_lowers_a_reward_but_never_turns_it_round():
-    """Among equally certain rollouts the better earned wins, among equally earned ones the more certain."""
-    w, certainty = adaptive_weights(torch.tensor([0.1, 0.4, 0.4, -1.0]), 0.4), torch.tensor([3.0, 3.0, 5.0, 5.0])
-    A = group_advantages(pool_by_answer(w * certainty, torch.arange(4), 4), 4)
-    assert A[2] > A[1] > A[0] > A[3], "confident and wrong comes last"
+def weight_by_definition(gain: float, anchor: float, tau: float) -> float:
+    return 2 / (1 + math.exp(-min((gain - anchor) / max(anchor, 0.05), 0) / tau))
 
 
 def test_adaptive_weights_are_relative_to_the_anchor():
-    prg = torch.linspace(-1, 1, 21, requires_grad=True)
-    for anchor, tau in ((0.5, 0.25), (0.1, 0.1), (0.9, 1.0)):
-        w = adaptive_weights(prg, anchor, tau)
-        close(w, [2 / (1 + math.exp(-min((p - anchor) / anchor, 0) / tau)) for p in prg.tolist()])
-        assert adaptive_weights(torch.tensor([anchor, 2 * anchor]), anchor, tau).tolist() == [1, 1], "more pays no more"
+    gains = torch.linspace(-1, 1, 21, requires_grad=True)
+    for anchor, tau in ((0.5, 0.25), (0.9, 1.0), (-0.3, 1.0), (0.02, 1.0), (0.3, 1e9)):
+        w = adaptive_weights(gains, torch.tensor(anchor, requires_grad=True), tau)
+        close(w, [weight_by_definition(x, anchor, tau) for x in gains.tolist()])
         assert (w.diff() >= 0).all() and not w.requires_grad
-    for a in (-0.3, 0.0, 0.02):  # the floor: what is as good as the anchor counts in full, however low that is
-        close(adaptive_weights(prg, a, 1.0), [2 / (1 + math.exp(-min((p - a) / 0.05, 0))) for p in prg.tolist()])
-    close(adaptive_weights(prg, 0.3, tau=1e9), torch.ones(21))  # as the README says
-    assert adaptive_weights(prg, torch.tensor(0.4, requires_grad=True)).grad_fn is None
+        assert (w[gains >= anchor] == 1).all(), "more pays no more"
 
 
 def test_an_answer_has_earned_what_the_rollouts_that_give_it_have():
     w = torch.tensor([1.0, 0.5, 0.25, 1.0, 0.5, 0.5, 0.0, 0.25], requires_grad=True)
-    answers = torch.tensor([0, 1, 0, 3, 0, 0, 0, 0])  # of two groups: a number means nothing in the other one
+    # Two groups: a number means nothing in the other one.
+    answers = torch.tensor([0, 1, 0, 3, 0, 0, 0, 0])
     e = pool_by_answer(w, answers, 4)
     close(e, [1.25 / 4, 0.5 / 4, 1.25 / 4, 1 / 4, *[1.25 / 4] * 4])
     assert not e.requires_grad
-    close(pool_by_answer(torch.ones(8), answers, 4), [0.5, 0.25, 0.5, 0.25, 1, 1, 1, 1])  # the share of the vote
+    votes = pool_by_answer(torch.ones(8), answers, 4)
+    close(votes, [0.5, 0.25, 0.5, 0.25, 1, 1, 1, 1])
     assert len(pool_by_answer(w[:0], answers[:0], 4)) == 0, "a process may have no query"
 
 
 def some_losses():
-    """Log-probabilities of 4 sequences of up to 5 tokens, masks, advantages; as leaves that want a gradient."""
+    """Log-probabilities of 4 sequences of up to 5 tokens, their mask, advantages."""
     logprobs = (-random_logits(4, 5).abs() - 0.1).requires_grad_()
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).double()
-    return logprobs, mask, torch.tensor([1.5, -0.5, 0.25, -1.25], dtype=torch.double)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    return logprobs, mask.double(), torch.tensor([1.5, -0.5, 0.25, -1.25], dtype=torch.double)
 
 
-def test_losses_by_hand():
+def test_losses_and_the_policy_gradient_by_hand():
     logprobs, mask, A = some_losses()
-    old, reference = logprobs.detach() + random_logits(4, 5) / 5, logprobs.detach() - random_logits(4, 5) / 3
-    clip, kl, nll, gains = 0.2, 0.3, 0.0, 0.0
-    for j in range(4):
-        tokens = [t for t in range(5) if mask[j, t]]
-        for t in tokens:
-            now, before, start = (x[j, t].item() for x in (logprobs, old, reference))
-            nll += -now
-            ratio, a = math.exp(now - before), A[j].item()
-            gain = min(ratio * a, min(max(ratio, 1 - clip), 1 + clip) * a)
-            gains += (gain - kl * (math.exp(start - now) - 1 - (start - now))) / len(tokens) / 4
+    v = torch.tensor([0.5, 2.0, 0.0, 1.5], dtype=torch.double)
+    nll = -(logprobs * mask).sum(1)
+    objective = -(A * (logprobs * mask).sum(1) / torch.tensor([3, 5, 2, 1])).sum() / 4
     rd = distillation_loss(logprobs, mask)
-    w = torch.tensor([0.5, 2.0, 0.0, 1.5], dtype=torch.double)  # of the traces
-    close(distillation_loss(logprobs, w[:, None] * mask, 11),
-          sum(-w[j] * logprobs[j, t] for j in range(4) for t in range(5) if mask[j, t]) / 11)
-    rlif = rlif_loss(logprobs, mask, A, old_logprobs=old, clip=clip, reference_logprobs=reference, kl=kl)
-    close(rd, nll / 11)
-    close(rlif, -gains)
-    close(hytuning_loss(rd, rlif, 0.3), 0.7 * nll / 11 - 0.3 * gains)
-
-
-def test_shares_with_global_counts_add_up_to_the_whole():
-    logprobs, mask, A = some_losses()
-    parts = [slice(0, 1), slice(1, 4), slice(4, 4)]  # one process may have nothing at all
-    shares = [distillation_loss(logprobs[s], mask[s], mask.sum()) for s in parts]
-    close(sum(shares), distillation_loss(logprobs, mask))
-    whole = rlif_loss(logprobs, mask, A)
-    close(sum(rlif_loss(logprobs[s], mask[s], A[s], 4) for s in parts), whole)
-    close(whole, -A.mean())
-
-
-def test_the_on_policy_loss_is_zero_but_its_gradient_is_the_policy_gradient():
-    logprobs, mask, _ = some_losses()
-    A = group_advantages(random_logits(4), 4).requires_grad_()
-    loss = rlif_loss(logprobs, mask, A)
-    found, = torch.autograd.grad(loss, logprobs, retain_graph=True)
-    expected, = torch.autograd.grad(-(A.detach() * (logprobs * mask).sum(1) / mask.sum(1)).mean(), logprobs)
-    close(loss.detach(), 0.0)
-    close(found, expected)
-    assert found.abs().max() > 0.1
-    assert torch.autograd.grad(loss, A, allow_unused=True) == (None,), "no gradient makes an advantage larger"
+    rlif = rlif_loss(logprobs, mask, A.requires_grad_())
+    close(rd, nll.sum() / 11)
+    close(distillation_loss(logprobs, v[:, None] * mask, 11), (v * nll).sum() / 11)
+    close(rlif, -A.mean())
+    close(hytuning_loss(rd, rlif, 0.3), 0.7 * rd + 0.3 * rlif)
+    # The value knows nothing of the policy, but the gradient does; and A has none.
+    expected, = torch.autograd.grad(objective, logprobs, retain_graph=True)
+    close(*torch.autograd.grad(rlif, logprobs, retain_graph=True), expected)
+    assert torch.autograd.grad(rlif, A, allow_unused=True) == (None,)
 
 
 def test_finite_difference_of_the_policy_gradient_through_the_decoder():
-    """In float64, along a random direction of all parameters: what backward says of sum A mean log pi / n."""
-    model, ids = tiny().double(), torch.arange(20).reshape(2, 10) % VOCAB
-    mask, A = torch.ones(2, 9).double(), torch.tensor([1.0, -0.6]).double()
-    logprobs = lambda: token_logprobs(model(ids)[:, :-1], ids[:, 1:])  # noqa: E731
-    rlif_loss(logprobs(), mask, A).backward()
+    """In float64, in a random direction of all parameters: the slope of -sum A mean log pi / n."""
+    model = tiny().double()
+    ids = torch.arange(20).reshape(2, 10) % VOCAB
+    A = torch.tensor([1.0, -0.6]).double()
+    rlif_loss(token_logprobs(model(ids)[:, :-1], ids[:, 1:]), torch.ones(2, 9), A).backward()
+    parameters = list(model.parameters())
     torch.manual_seed(2)
-    direction = [torch.randn_like(p) for p in model.parameters()]
-    slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), direction))
-
-    def objective_at(step):
-        with torch.no_grad():
-            for p, d in zip(model.parameters(), direction):
-                p += step * d
-            value = -(A * logprobs().mean(1)).mean()
-            for p, d in zip(model.parameters(), direction):
-                p -= step * d
-        return value
-    close(slope, (objective_at(1e-5) - objective_at(-1e-5)) / 2e-5, 1e-5)
+    direction = [torch.randn_like(p) for p in parameters]
+    slope = sum((p.grad * d).sum() for p, d in zip(parameters, direction))
+    values = []
+    with torch.no_grad():
+        for move in (1e-5, -2e-5):
+            for p, d in zip(parameters, direction):
+                p += move * d
+            logprobs = token_logprobs(model(ids)[:, :-1], ids[:, 1:])
+            values.append(-(A * logprobs.mean(1)).mean())
+    close(slope, (values[0] - values[1]) / 2e-5, 1e-5)
 
 
-@pytest.mark.parametrize("log_ratio, advantage, moves", [
-    (0.5, 1, False), (0.5, -1, True), (-0.5, 1, True), (-0.5, -1, False), (0.1, 1, True), (-0.1, -1, True)])
-def test_clipping_stops_what_went_far_enough_but_not_the_way_back(log_ratio, advantage, moves):
-    logprobs = torch.tensor([[-1.0]], requires_grad=True)
-    rlif_loss(logprobs, torch.ones(1, 1), torch.tensor([float(advantage)]),
-              old_logprobs=torch.tensor([[-1.0 - log_ratio]]), clip=0.2).backward()
-    assert bool(logprobs.grad) == moves
-
-
-def test_the_kl_estimate_is_right_on_average_never_negative_and_zero_at_the_reference():
-    now, start = random_logits(2, 9).log_softmax(-1).requires_grad_()
-    one, none = torch.ones(1, 1), torch.zeros(1)
-    def k3(a, b): return rlif_loss(a.view(1, 1), one, none, reference_logprobs=b.detach().view(1, 1), kl=1.0)
-    values = torch.stack([k3(a, b) for a, b in zip(now, start)])
-    assert (values >= 0).all() and k3(now[0], now[0]) == 0
-    assert torch.autograd.grad(k3(now[0], now[0]), now)[0].abs().max() == 0
-    close((now.exp() * values).sum(), (now.exp() * (now - start)).sum())  # E k3 = KL(pi || reference)
-
-
-def test_over_vocabulary_is_the_plain_computation_in_pieces():
-    hidden, targets = random_logits(10, 6, dtype=torch.float).requires_grad_(), torch.arange(10)
-    head, seen = torch.nn.Linear(6, 23, bias=False), []
-
-    def watched(x):
-        seen.append(len(x))
-        return head(x)
-
-    def statistic(logits, targets):
-        return token_logprobs(logits, targets) + self_certainty(logits).square()
-    pieces = over_vocabulary(statistic, hidden, watched, targets, chunk=4)
-    plain = statistic(head(hidden), targets)
+def test_head_logprobs_are_the_plain_computation_in_pieces():
+    hidden = random_logits(1100, 6, dtype=torch.float).requires_grad_()
+    targets = torch.arange(1100) % 23
+    head = nn.Linear(6, 23, bias=False)
+    seen = []
+    head.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    pieces = head_logprobs(hidden, head, targets)
+    grads = torch.autograd.grad(pieces.sin().sum(), (hidden, head.weight))
+    assert sorted(seen) == [76, 76, 512, 512, 512, 512], "never all at once, and again in backward"
+    plain = token_logprobs(head(hidden), targets)
     close(pieces, plain)
-    for a, b in zip(*(torch.autograd.grad(x.sin().sum(), (hidden, head.weight)) for x in (pieces, plain))):
+    for a, b in zip(grads, torch.autograd.grad(plain.sin().sum(), (hidden, head.weight))):
         close(a, b, 1e-5)
-    assert sorted(seen) == [2, 2, 4, 4, 4, 4], "never all logits at once, and computed again in backward"
 
 
-# ----------------------------------------------------------------------------------------------- model
+# -----------------------------------------------------------------------------
+# model
 
-def rope(kind, **more):
-    return dict(rope_parameters=dict(rope_type=kind, rope_theta=5e3, **more))
-
-
-STRETCH = dict(factor=4.0, original_max_position_embeddings=16)
+LLAMA3 = dict(rope_type="llama3", rope_theta=5e3, factor=4.0, low_freq_factor=1.0,
+              high_freq_factor=4.0, original_max_position_embeddings=16)
 CHECKPOINTS = {
     "llama": ("Llama", {}), "tied": ("Llama", dict(tie_word_embeddings=True)),
-    "no GQA": ("Llama", dict(num_key_value_heads=6)), "one key head": ("Llama", dict(num_key_value_heads=1)),
-    "biases": ("Llama", dict(attention_bias=True, mlp_bias=True)), "head_dim": ("Llama", dict(head_dim=16)),
-    "linear": ("Llama", rope("linear", factor=4.0)),
-    "llama3": ("Llama", rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, **STRETCH)),
-    "yarn": ("Qwen2", rope("yarn", **STRETCH)),
-    "yarn, all of it": ("Llama", rope("yarn", mscale=0.7, mscale_all_dim=0.3, beta_fast=16, truncate=False,
-                                      **STRETCH)),
-    "mistral": ("Mistral", dict(sliding_window=7)), "mistral, no window": ("Mistral", dict(sliding_window=None)),
-    "qwen2": ("Qwen2", {}), "qwen2, window off": ("Qwen2", dict(use_sliding_window=False, sliding_window=5)),
-    "qwen2, window": ("Qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+    "no GQA": ("Llama", dict(num_key_value_heads=6)),
+    "one key head": ("Llama", dict(num_key_value_heads=1)),
+    "biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
+    "head_dim": ("Llama", dict(head_dim=16)), "llama3": ("Llama", dict(rope_parameters=LLAMA3)),
+    "mistral": ("Mistral", dict(sliding_window=7)),
+    "mistral, no window": ("Mistral", dict(sliding_window=None)), "qwen2": ("Qwen2", {}),
+    "qwen2, window off": ("Qwen2", dict(use_sliding_window=False, sliding_window=5)),
+    "qwen2, window": ("Qwen2", dict(use_sliding_window=True, sliding_window=6,
+                                    max_window_layers=1)),
     "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
     "qwen3, layer_types": ("Qwen3", dict(
         head_dim=8, attention_bias=True, use_sliding_window=True, sliding_window=5,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"]))}
+WINDOWS = {"mistral": 7, "qwen2, window": 6, "qwen3, layer_types": 5}
 IDS = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(3))
 
 
 def write_checkpoint(folder, family="Llama", options={}, dtype=torch.float32, **how):
     """A random tiny model, written by transformers."""
     tf = transformers()
-    sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
-                 num_key_value_heads=2, max_position_embeddings=256)
+    sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+                 num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=256)
     torch.manual_seed(0)
     config = getattr(tf, f"{family}Config")(**{**sizes, **options})
-    model = getattr(tf, f"{family}ForCausalLM")(config).eval()
-    for name, p in model.named_parameters():  # away from the ones and zeros that would hide a mistake
-        torch.nn.init.normal_(p, float("norm" in name), 0.3 if p.ndim == 1 else 0.15)
-    model.to(dtype).save_pretrained(folder, **how)
-    return model
+    theirs = getattr(tf, f"{family}ForCausalLM")(config).eval()
+    # Away from the ones and zeros that would hide a mistake.
+    for name, p in theirs.named_parameters():
+        nn.init.normal_(p, float("norm" in name), 0.3 if p.ndim == 1 else 0.15)
+    theirs.to(dtype).save_pretrained(folder, **how)
+    return theirs
 
 
 def reopened(folder):
     """Opened by transformers, which must find exactly what it asks for."""
-    model, info = transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
-                                                                      output_loading_info=True)
+    theirs, info = transformers().AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
-    return model.eval()
+    return theirs.eval()
 
 
 def edit_json(path, **changes):
+    """With ... for what is to be removed."""
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
 
@@ -430,45 +441,44 @@ def edit_json(path, **changes):
 def test_the_decoder_is_that_of_transformers_there_and_back(name, tmp_path):
     theirs = write_checkpoint(tmp_path / "theirs", *CHECKPOINTS[name])
     ours = load_pretrained(tmp_path / "theirs")
-    close(ours(IDS), theirs(IDS).logits, 1e-4)
-    prompts = [IDS[0, :12], IDS[1, :5]]
-    greedy = [theirs.generate(p[None], attention_mask=torch.ones_like(p)[None], max_new_tokens=24, do_sample=False,
-                              eos_token_id=None, pad_token_id=0)[0, len(p):].tolist() for p in prompts]
-    assert generate(ours, [p.tolist() for p in prompts], max_new_tokens=24, temperature=0) == [[g] for g in greedy]
+    assert ours.config.context == WINDOWS.get(name, 256)
+    n = min(40, ours.config.context)
+    ids = IDS[:, :n]
+    close(ours(ids), theirs(ids).logits, 1e-4)
+    prompts = [ids[0, :n // 3], ids[1, :1]]
+    how = dict(max_new_tokens=n - n // 3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    greedy = [theirs.generate(p[None], attention_mask=torch.ones_like(p)[None], **how)[0, len(p):]
+              for p in prompts]
+    found = generate(ours, [p.tolist() for p in prompts], max_new_tokens=n - n // 3, temperature=0)
+    assert found == [[g.tolist()] for g in greedy]
     save_pretrained(ours, tmp_path / "ours")
-    close(reopened(tmp_path / "ours")(IDS).logits, theirs(IDS).logits, 1e-5)
+    close(reopened(tmp_path / "ours")(ids).logits, theirs(ids).logits, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "linear", "llama3", "yarn"])
+@pytest.mark.parametrize("name", WINDOWS)
 @torch.no_grad()
-def test_the_older_spelling_of_a_config(name, tmp_path):
-    """`rope_theta`, `rope_scaling` and `torch_dtype`; a theta of its own shows whether it is read."""
-    theirs = write_checkpoint(tmp_path / "theirs", CHECKPOINTS[name][0], CHECKPOINTS[name][1] or rope("default"))
-    path = tmp_path / "theirs" / "config.json"
-    scaling = json.loads(path.read_text())["rope_parameters"]
-    theta, kind = scaling.pop("rope_theta"), scaling.pop("rope_type")
-    older = None if kind == "default" else {**scaling, ("type" if kind == "linear" else "rope_type"): kind}
-    edit_json(path, rope_parameters=..., dtype=..., rope_theta=theta, rope_scaling=older, torch_dtype="float32")
-    ours = load_pretrained(tmp_path / "theirs")
-    close(ours(IDS), theirs(IDS).logits, 1e-4)
-    save_pretrained(ours, tmp_path / "ours")
-    close(reopened(tmp_path / "ours")(IDS).logits, theirs(IDS).logits, 1e-5)
+def test_past_a_sliding_window_the_decoder_and_generate_refuse(name, tmp_path):
+    theirs = write_checkpoint(tmp_path, *CHECKPOINTS[name])
+    ours = load_pretrained(tmp_path)
+    longer = IDS[:, :WINDOWS[name] + 1]
+    with pytest.raises(ValueError, match="sliding window"):
+        generate(ours, [[1], longer[0, :3].tolist()], max_new_tokens=WINDOWS[name] - 2)
+    with pytest.raises(ValueError, match="sliding window"):
+        ours(longer)
+    ours.config.sliding_window = None
+    assert (ours(longer) - theirs(longer).logits).abs().max() > 1e-3, "no sooner than they must"
 
 
-@pytest.mark.parametrize("left", [False, True])
-@torch.no_grad()
-def test_padding_changes_nothing(left):
-    model = tiny(use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    rows = [IDS[0, :9] % VOCAB, IDS[1, :5] % VOCAB]
-    ids, positions = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)
-    places = [slice(9 - len(row), 9) if left else slice(0, len(row)) for row in rows]
-    mask = torch.eye(9, dtype=torch.bool).repeat(2, 1, 1, 1)
-    for b, (row, place) in enumerate(zip(rows, places)):
-        ids[b, place], positions[b, place] = row, torch.arange(len(row))
-        mask[b, 0, place, place] = torch.ones(len(row), len(row)).tril().bool()
-    logits = model(ids, positions, mask)
-    for b, (row, place) in enumerate(zip(rows, places)):
-        close(logits[b, place], model(row[None])[0], 1e-5)
+@pytest.mark.parametrize("rope", [dict(rope_type="default", rope_theta=5e3), LLAMA3])
+def test_the_older_spelling_of_a_config_says_the_same(rope):
+    """`rope_theta` and `rope_scaling`, with `type` or `rope_type` in it."""
+    raw = dict(model_type="llama", vocab_size=9, hidden_size=8, intermediate_size=8,
+               num_hidden_layers=1, num_attention_heads=1)
+    newer = Config.from_dict({**raw, "rope_parameters": rope})
+    scaling = {k.removeprefix("rope_"): v for k, v in rope.items() if k != "rope_theta"}
+    older = Config.from_dict({**raw, "rope_theta": 5e3, "rope_scaling": scaling})
+    close(decoder.rope_frequencies(older.rope_parameters, 8),
+          decoder.rope_frequencies(newer.rope_parameters, 8))
 
 
 @torch.no_grad()
@@ -481,233 +491,511 @@ def test_a_bfloat16_file_becomes_a_float32_model(tmp_path):
 
 
 @torch.no_grad()
-def test_shards_there_and_back(tmp_path, monkeypatch):
+def test_shards_are_read_and_one_file_is_written(tmp_path):
     theirs = write_checkpoint(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     ours = load_pretrained(tmp_path)
     close(ours(IDS), theirs(IDS).logits, 1e-4)
-    monkeypatch.setattr(decoder, "SHARD_BYTES", 70_000)
-    save_pretrained(ours, tmp_path)  # over their shards, which must not be taken for ours
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    # Over their shards, which must not be taken for ours.
+    nn.init.ones_(ours.lm_head.weight)
+    save_pretrained(ours, tmp_path)
     for again in (load_pretrained(tmp_path)(IDS), reopened(tmp_path)(IDS).logits):
         close(again, ours(IDS), 1e-5)
-    monkeypatch.undo()
-    save_pretrained(ours, tmp_path)
-    assert [p.name for p in tmp_path.glob("model*")] == ["model.safetensors"], "no stale shards"
 
 
-def edit_weights(folder, change):
-    path = next(folder.glob("model*.safetensors"))
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-
-
-def cut_short(folder):
-    path = next(folder.glob("model*.safetensors"))
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def write(name, content):
-    return lambda folder: (folder / name).write_text(content)
-
-
-def remove(pattern):
-    return lambda folder: [path.unlink() for path in list(folder.glob(pattern))]
-
-
-def config(**changes):
-    return lambda folder: edit_json(folder / "config.json", **changes)
-
-
-BROKEN = {  # what happens to the folder, and what the message must name
-    "no folder": (shutil.rmtree, "checkpoint"), "no config": (remove("config.json"), "config.json"),
-    "config not JSON": (write("config.json", "{"), "config.json"),
-    "config a list": (write("config.json", "[]"), "config.json"),
-    "unknown family": (config(model_type="gpt2"), "config.json"),
-    "a size missing": (config(hidden_size=...), "config.json"),
-    "a size of text": (config(hidden_size="32"), "config.json"),
-    "gelu": (config(hidden_act="gelu"), "config.json"),
-    "quantized": (config(quantization_config={"bits": 4}), "config.json"),
-    "longrope": (config(rope_parameters={"rope_type": "longrope"}), "config.json"),
-    "no weights": (remove("model*"), "model.safetensors"), "truncated": (cut_short, "model-0000"),
-    "a shard missing": (remove("model-00002-*"), "model-00002-of-00002.safetensors"),
-    "index not JSON": (write("model.safetensors.index.json", "?"), "model.safetensors.index.json"),
-    "a key renamed": (lambda f: edit_weights(f, lambda t: t.update({"x.weight": t.popitem()[1]})), "x.weight"),
-    "a key missing": (lambda f: edit_weights(f, lambda t: t.popitem()), "checkpoint"),
-    "a wrong shape": (lambda f: edit_weights(f, lambda t: t.update({k: v[1:].clone() for k, v in t.items()})),
-                      "size mismatch for "),
-    "foreign tokenizer": (write("tokenizer.json", '{"model": {"vocab": {"a": 61}}}'), "tokenizer.json"),
-    "tokenizer not one": (write("tokenizer.json", "{}"), "tokenizer.json")}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_folder_is_named_in_one_line(name, tmp_path, monkeypatch):
-    model, folder = tiny(), tmp_path / "checkpoint"
-    monkeypatch.setattr(decoder, "SHARD_BYTES", 50_000)
-    save_pretrained(model, folder)
-    assert len(list(folder.glob("model-*-of-00002.safetensors"))) == 2, "what is broken must be there at first"
-    load_pretrained(folder)
-    damage, named = BROKEN[name]
-    damage(folder)
-    with pytest.raises(CheckpointError) as caught:
-        load_pretrained(folder)
-    assert named in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.skipif("HYTUNING_SMOLLM2" not in os.environ, reason="HYTUNING_SMOLLM2 names no real checkpoint")
 @torch.no_grad()
-def test_a_real_checkpoint():
-    folder = Path(os.environ["HYTUNING_SMOLLM2"])
-    reference, model = json.loads((folder / "reference.json").read_text()), load_pretrained(folder)
-    for case in reference["prompts"]:
-        logits = model(torch.tensor([case["ids"]]))[0, -1]
-        close(logits[:64], case["logits_head"], 1e-3)
-        close(logits.logsumexp(0), case["logsumexp"], 1e-4)
-        n = len(case["greedy"])
-        [[found]] = generate(model, [case["ids"]], max_new_tokens=n, temperature=0, eos_ids=model.eos_ids)
-        assert found == case["greedy"]
-    ids = torch.tensor([reference["text"]["ids"]])
-    close(token_logprobs(model(ids)[:, :-1], ids[:, 1:]).mean(), reference["text"]["mean_logprob"], 1e-4)
-    text = data.Text(folder, model.eos_ids)
-    assert text.encode(reference["text"]["text"]) == reference["text"]["ids"]
+def test_a_head_of_its_own_and_the_end_tokens_are_saved(tmp_path):
+    """Whatever the config says of the head, and in all files where one may look for the tokens."""
+    untied = tiny()
+    untied.files["generation_config.json"] = b'{"eos_token_id": 3, "top_k": 5}'
+    save_pretrained(untied, tmp_path / "a")
+    edit_json(tmp_path / "a" / "config.json", tie_word_embeddings=True, eos_token_id=7)
+    ours = load_pretrained(tmp_path / "a")
+    assert ours.eos_ids == (3,), "generation_config.json comes first"
+    ours.eos_ids = (3, 9)
+    save_pretrained(ours, tmp_path / "b")
+    again = load_pretrained(tmp_path / "b")
+    assert again.eos_ids == (3, 9)
+    assert torch.equal(again(IDS % VOCAB), untied(IDS % VOCAB))
+    generation = json.loads((tmp_path / "b" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [3, 9], "top_k": 5}
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["eos_token_id"] == [3, 9] and config["tie_word_embeddings"] is False
 
 
-# -------------------------------------------------------------------------------------------- sampling
+def half(path):
+    path.write_text("ha")
+    raise OSError("disk full")
+
+
+def test_a_file_is_never_half_written(tmp_path):
+    (tmp_path / "file").write_text("whole")
+    with pytest.raises(OSError):
+        decoder.atomic_write(tmp_path / "file", half)
+    assert (tmp_path / "file").read_text() == "whole"
+
+
+# What config.json says, and what the message must name.
+BAD_CONFIGS = [
+    (dict(model_type="gpt2"), "'gpt2'"), (dict(hidden_size=...), "hidden_size"),
+    (dict(hidden_size="32"), ""), (dict(vocab_size=10**30), ""), (dict(num_attention_heads=0), ""),
+    (dict(num_key_value_heads=3), "num_key_value_heads"), (dict(head_dim=7), "7"),
+    (dict(hidden_act="gelu"), "'gelu'"), (dict(quantization_config={"bits": 4}), "quantized"),
+    (dict(rope_parameters={"rope_type": "linear", "factor": 2.0}), "'linear'"),
+    (dict(rope_parameters=..., rope_scaling={"type": "yarn", "factor": 4.0}), "'yarn'"),
+    (dict(rope_parameters={"rope_type": "llama3"}), ""), (dict(rope_scaling=LLAMA3), "rope_"),
+    (dict(rope_parameters={"full_attention": {}}), "RoPE"), (dict(rope_theta=7.0), "rope_theta"),
+    (dict(partial_rotary_factor=0.5), "partial_rotary_factor")]
+
+
+@pytest.mark.parametrize("changes, named", BAD_CONFIGS)
+def test_a_config_that_is_not_computed_exactly_is_named_in_one_line(changes, named, tmp_path):
+    save_pretrained(MODEL, tmp_path)
+    edit_json(tmp_path / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=f"config.json.*{named}") as caught:
+        load_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, content, named", [
+    ("config.json", None, "config.json"), ("config.json", b"{", "config.json"),
+    ("config.json", b"[" * 10**5, "config.json"), ("config.json", b"[]", "config.json"),
+    ("generation_config.json", b"?", "generation_config.json"),
+    ("generation_config.json", b'{"eos_token_id": "</s>"}', "eos_token_id"),
+    ("model.safetensors", None, "model.safetensors"),
+    ("model.safetensors", b"x" * 99, "model.safetensors"),
+    ("model.safetensors", lambda x: x[:-100], "model.safetensors"),
+    ("model.safetensors", lambda x: x.replace(b"lm_head", b"lm_tail"), "lm_tail"),
+    ("model.safetensors", lambda x: x.replace(b"[61,32]", b"[32,61]"), "size mismatch"),
+    ("model.safetensors.index.json", b"{}", "weight_map"),
+    ("model.safetensors.index.json", b'{"weight_map": {"a": "model-2.safetensors"}}', "model-2")])
+def test_a_broken_folder_is_named_in_one_line(name, content, named, tmp_path):
+    folder = tmp_path / "checkpoint, é 漢"
+    save_pretrained(MODEL, folder)
+    load_pretrained(folder)
+    if callable(content):
+        content = content((folder / name).read_bytes())
+    if content is None or "index" in name:
+        (folder / name.removesuffix(".index.json")).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=named) as caught:
+        load_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+# -----------------------------------------------------------------------------
+# sampling
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17], [5, 6, 8]]
-
-
-@torch.no_grad()
-def next_token(model, ids, temperature=1.0):
-    return (model(torch.tensor([ids]))[0, -1].double() / temperature).softmax(-1)
-
-
-def check_frequencies(counts, expected, n):
-    """Pearson's chi-square, which has mean `dof` and about the variance 2 dof + sum 1/(n p)."""
-    cells = {k: p for k, p in expected.items() if p > 0}
-    assert set(counts) <= set(cells), "a token that cannot come up"
-    chi = sum((counts[k] - n * p)**2 / (n * p) for k, p in cells.items())
-    dof = len(cells) - 1
-    assert abs(chi - dof) < 5 * math.sqrt(2 * dof + sum(1 / p for p in cells.values()) / n) + 1
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_two_tokens_come_up_as_often_as_they_should(temperature):
-    """Pairs, so that the cache and the independence of the draws are tested too."""
-    model, n = tiny(vocab=5), 8000
-    samples, = generate(model, [[1, 2, 3]], samples_per_prompt=n, max_new_tokens=2, temperature=temperature,
-                        seed=4)
-    first = next_token(model, [1, 2, 3], temperature)
-    expected = {(a, b): (first[a] * next_token(model, [1, 2, 3, a], temperature)[b]).item()
-                for a in range(5) for b in range(5)}
-    check_frequencies(Counter(map(tuple, samples)), expected, n)
-
-
-@pytest.mark.parametrize("vocab, top_p, temperature", [
-    (600, 1.0, 2.0), (40, 0.6, 1.0), (600, 0.9, 2.0), (40, 0.05, 1.0)])
-def test_a_nucleus_is_the_smallest_set_with_that_probability(vocab, top_p, temperature):
-    model, n = tiny(vocab=vocab), 20000
-    samples, = generate(model, [[1, 2, 3]], samples_per_prompt=n, max_new_tokens=1, temperature=temperature,
-                        top_p=top_p, seed=5)
-    expected, mass = {}, 0.0
-    for p, token in zip(*(x.tolist() for x in next_token(model, [1, 2, 3], temperature).sort(descending=True))):
-        if mass < top_p or top_p == 1:
-            expected[token], mass = p, mass + p
-    check_frequencies(Counter(token for token, in samples), {k: p / mass for k, p in expected.items()}, n)
-
-
-@pytest.mark.parametrize("options", [{}, dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)])
-def test_greedy_is_the_argmax_of_passes_without_a_cache(options):
-    model = tiny(**options)
-    for prompt, (found,) in zip(PROMPTS, generate(model, PROMPTS, max_new_tokens=30, temperature=0)):
-        ids = list(prompt)
-        while len(ids) < len(prompt) + 30:
-            ids.append(next_token(model, ids).argmax().item())
-        assert found == ids[len(prompt):]
-
-
 ENDS = (3, 20, 40)
-SAMPLING = dict(samples_per_prompt=10, max_new_tokens=50, temperature=1.5, seed=7)  # families of 4, 4 and 2
+SAMPLING = dict(samples_per_prompt=10, max_new_tokens=50, temperature=1.5, seed=("a", 7))
 
 
-@pytest.mark.parametrize("options", [{}, dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)])
+@pytest.mark.parametrize("vocab, temperature, top_p", [
+    (5, 1.0, 1.0), (600, 2.0, 1.0), (40, 0.6, 0.9), (600, 2.0, 0.9), (40, 1.0, 0.05)])
+def test_a_draw_inverts_the_distribution_of_the_smallest_nucleus(vocab, temperature, top_p):
+    """At evenly spaced numbers each token comes up as often as its probability says."""
+    logits = random_logits(vocab)
+    p = (logits / temperature).softmax(-1)
+    expected = torch.zeros(vocab, dtype=torch.double)
+    for token in p.argsort(descending=True):
+        if expected.sum() < top_p or top_p == 1:
+            expected[token] = p[token]
+    expected /= expected.sum()
+    n = 20000
+    u = (torch.arange(n) + 0.5) / n
+    drawn = decoder.draw(logits.float().expand(n, -1), u, temperature, top_p)
+    assert ((torch.bincount(drawn, minlength=vocab) - n * expected).abs() < 1.1).all()
+
+
+def watched(logits):
+    """A statistic [2, R] of logits [R, V]."""
+    return torch.stack((self_certainty(logits), entropy(logits)))
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.5, 1.0), (1.5, 0.8), (0, 1.0)])
 @torch.no_grad()
-def test_samples_are_those_of_passes_without_a_cache(options):
+def test_samples_and_their_statistic_are_those_of_passes_without_a_cache(temperature, top_p):
     """Each token is drawn again, from the logits of the whole text and the same random number."""
-    model, n = tiny(**options), SAMPLING["max_new_tokens"]
+    sampling = {**SAMPLING, "temperature": temperature}
+    n = SAMPLING["max_new_tokens"]
+    keep = decoder.Cache.keep
+    with patch.object(decoder.Cache, "keep", autospec=True, side_effect=keep) as compacted:
+        samples, means = generate(MODEL, PROMPTS, eos_ids=ENDS, top_p=top_p, statistic=watched,
+                                  **sampling)
     u = decoder.uniforms(PROMPTS, 10, n, SAMPLING["seed"]).view(len(PROMPTS), 10, n)
-    for prompt, group, numbers in zip(PROMPTS, generate(model, PROMPTS, eos_ids=ENDS, **SAMPLING), u):
-        for sample, number in zip(group, numbers):
-            logits = model(torch.tensor([prompt + sample]))[0, len(prompt) - 1:-1]
-            assert decoder.draw(logits, number[:len(sample)], SAMPLING["temperature"], 1.0).tolist() == sample
+    for i, prompt in enumerate(PROMPTS):
+        for j, sample in enumerate(samples[i]):
+            logits = MODEL(torch.tensor([prompt + sample]))[0, len(prompt) - 1:-1]
+            drawn = decoder.draw(logits, u[i, j, :len(sample)], temperature, top_p)
+            assert drawn.tolist() == sample
+            assert not any(x in ENDS for x in sample[:-1])
+            assert sample[-1] in ENDS or len(sample) == n
+            close(means[:, i, j], watched(logits).mean(-1), 1e-4)
+    lengths = sorted(len(sample) for group in samples for sample in group)
+    assert lengths[0] < 16 and lengths[-1] > 32 and compacted.called, "or nothing was tested"
 
 
-def test_a_sample_does_not_depend_on_its_neighbours():
+def test_a_sample_depends_on_its_prompt_its_number_and_the_seed_alone():
     whole = generate(MODEL, PROMPTS, eos_ids=ENDS, **SAMPLING)
-    assert [generate(MODEL, [p], eos_ids=ENDS, **SAMPLING)[0] for p in PROMPTS] == whole, "split over calls"
-    assert generate(MODEL, PROMPTS[::-1], eos_ids=ENDS, **SAMPLING) == whole[::-1], "in another order"
-    fewer = generate(MODEL, PROMPTS, eos_ids=ENDS, **{**SAMPLING, "samples_per_prompt": 3})
-    assert fewer == [group[:3] for group in whole], "with fewer samples"
-    shorter = generate(MODEL, PROMPTS, eos_ids=ENDS, **{**SAMPLING, "max_new_tokens": 17})
-    assert shorter == [[sample[:17] for sample in group] for group in whole], "with another length limit"
+    assert len({tuple(sample) for group in whole for sample in group}) == 50
+    alone = [generate(MODEL, [p], eos_ids=ENDS, **SAMPLING)[0] for p in PROMPTS]
+    assert alone == whole, "split over calls"
+    assert generate(MODEL, PROMPTS[::-1], eos_ids=ENDS, **SAMPLING) == whole[::-1], "another order"
+    shorter = {**SAMPLING, "samples_per_prompt": 3, "max_new_tokens": 17}
+    expected = [[sample[:17] for sample in group[:3]] for group in whole]
+    assert generate(MODEL, PROMPTS, eos_ids=ENDS, **shorter) == expected, "fewer and shorter"
+    halves = generate(MODEL, PROMPTS[:1] * 2, eos_ids=ENDS, **{**SAMPLING, "samples_per_prompt": 5})
+    assert halves[0] + halves[1] == whole[0], "a prompt given twice goes on with new samples"
+    other = generate(MODEL, PROMPTS[:1], eos_ids=ENDS, **{**SAMPLING, "seed": ("a", 8)})
+    assert not {*map(tuple, other[0])} & {*map(tuple, whole[0])}
 
 
-def test_samples_end_with_their_end_token_and_finished_rows_disturb_nobody():
-    """Without end tokens no row leaves the batch: cut off by hand, the same must remain."""
-    ended, endless = generate(MODEL, PROMPTS, eos_ids=ENDS, **SAMPLING), generate(MODEL, PROMPTS, **SAMPLING)
-
-    def cut_off(sample):
-        return sample[:next((i + 1 for i, x in enumerate(sample) if x in ENDS), len(sample))]
-    assert ended == [[cut_off(sample) for sample in group] for group in endless]
-    lengths = sorted(len(sample) for group in ended for sample in group)
-    assert lengths[0] < 16 and lengths[-1] > 32, "some must leave early and some stay, or nothing was tested"
-
-
-def test_samples_differ():
-    ten = generate(MODEL, [[5, 6, 7]], **SAMPLING)[0]
-    assert len(set(map(tuple, ten))) == 10
-    twice = generate(MODEL, [[5, 6, 7], [5, 6, 7]], **{**SAMPLING, "samples_per_prompt": 5})
-    assert twice[0] + twice[1] == ten, "a prompt given twice goes on with new samples"
-    assert generate(MODEL, [[5, 6, 7]], **{**SAMPLING, "seed": 8})[0] != ten
-    assert generate(MODEL, [[5, 6, 7]], **SAMPLING)[0] == ten
+@pytest.mark.parametrize("wrong", [
+    dict(prompts=[[1], []]), dict(prompts=[[1], [VOCAB]]), dict(prompts=[[-1]]), dict(top_p=0),
+    dict(top_p=1.1), dict(top_p=math.nan), dict(temperature=-1), dict(temperature=math.nan),
+    dict(samples_per_prompt=0), dict(max_new_tokens=0)])
+def test_what_cannot_be_sampled_is_refused(wrong):
+    arguments = {**dict(prompts=[[1]], max_new_tokens=1), **wrong}
+    with pytest.raises(ValueError):
+        generate(MODEL, arguments.pop("prompts"), **arguments)
 
 
-def test_a_prompt_that_cannot_be_read_is_refused():
-    for prompt in ([], [VOCAB], [-1]):
-        with pytest.raises(ValueError):
-            generate(MODEL, [[1], prompt], max_new_tokens=1)
+@pytest.mark.parametrize("weight, temperature", [(math.nan, 0), (math.nan, 1), (math.inf, 1)])
+def test_logits_that_are_no_numbers_are_an_error(weight, temperature):
+    model = tiny()
+    nn.init.constant_(model.lm_head.weight[7:8], weight)
+    with pytest.raises(FloatingPointError):
+        generate(model, PROMPTS, max_new_tokens=3, temperature=temperature)
 
 
-# ------------------------------------------------------------------------------------------------ data
-
-@pytest.mark.parametrize("text, answer", [
-    ("It follows.\nAnswer: 12", "12"), ("Answer: 1\nno, wait\nAnswer:  two words \nbye", "two words"),
-    ("Answer:", None), ("Answer: \n12", None), ("12", None), ("", None)])
-def test_an_answer_is_the_rest_of_the_last_markers_line(text, answer):
-    assert data.extract_answer(text) == answer
-
-
-@pytest.mark.parametrize("a, b, same", [
-    ("$1,000", "1000.00", True), ("1000 dollars", "1000", True), ("Yes.", "yes", True), ("**18**", "18", True),
-    ("1/2", "0.5", True), ("18%", "18", True), ("-5", "5", False), ("12", "13", False), ("x = 5", "5", True),
-    ("3 apples", "3 oranges", False), ("3 of 4", "3", False), ("Paris", "paris", True), ("Paris", "Rome", False),
-    ("12", "twelve", False), ("1/0", "1", False), (".5", "5", False), (".5", "0.5", True), ("-$5", "5", False),
-    ("-$5", "-5", True), ("\u22125", "-5", True), ("(B)", "B", True), ("yes!", "yes", True),
-    ("$", "!", False)])
-def test_answers_match(a, b, same):
-    assert data.answers_match(a, b) == data.answers_match(b, a) == same
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (0, 1.0)])
+@torch.no_grad()
+def test_a_decode_step_needs_no_value_from_the_device(temperature, top_p):
+    """On "meta", which has none: a CUDA graph can hold the step."""
+    with torch.device("meta"):
+        model = tiny()
+    s = decoder.Sampler(model, PROMPTS, 4, 20, temperature, top_p, ENDS, ("a", 1), watched)
+    s.prefill(PROMPTS)
+    for _ in range(3):
+        s.step()
+    assert s.out.is_meta and s.t.is_meta and s.total.is_meta
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        s.compact()
 
 
-def test_the_majority_counts_unreadable_answers_as_votes():
+# -----------------------------------------------------------------------------
+# data
+
+SAME = """
+18 ≡ 18.0   $1,000 ≡ 1000.00   1000 dollars ≡ 1000   $29.00. ≡ 29   5kg ≡ 5   1e-05 ≡ 0.00001
+2.5E-3 ≡ 0.0025   1e5 ≡ 100,000   1{,}000 ≡ 1000
+1\\,000 ≡ 1000   1\u2009000 ≡ 1000   1\u202f000 ≡ 1000   1,\\!000 ≡ 1000   1 1/4 ≡ 5/4   3½ ≡ 3.5
+½ ≡ 0.5   1\\frac{1}{4} ≡ 1.25   \\tfrac12 ≡ 1/2   \\dfrac{1}{2} ≡ ½   -\\frac{1}{2} ≡ -0.5
+- 5 ≡ -5   -¥5 ≡ -5   minus 5 ≡ \u22125   +5 ≡ 5   € 5 ≡ 5   5 € ≡ 5   US$5 ≡ 5   18% ≡ 18
+256+37 = 293 ≡ 293   x = \\boxed{5} ≡ 5   It is 18 a day ≡ 18   50 percent ≡ 50\\%   1.50 m ≡ 1.5 m
+72 apples ≡ 72   25 m^2 ≡ 25   25 m² ≡ 25   60 km/h ≡ 60   5 सेब ≡ 5   5\\text{ cm} ≡ 5
+\\(5\\) ≡ 5   ５ ≡ 5   \u0665 ≡ 5   Yes. ≡ yes   **18** ≡ 18   巴黎。 ≡ 巴黎
+“Paris” ≡ Paris   don’t ≡ don't   \\boxed{\\frac{1}{2}} ≡ 0.5   $\\textbf{Paris}$ ≡ Paris
+x^{2} ≡ x^2   \\left( 3, 4 \\right) ≡ (3, 4)   caf\u00e9 ≡ cafe\u0301   Straße ≡ STRASSE   (B) ≡ B
+A) a car ≡ A   A. text ≡ A   A: text ≡ A   B）巴黎 ≡ B   (B) Paris ≡ B   **B.** Paris ≡ B
+\\text{(B)} Rome ≡ B   (B) -5 ≡ B   B.巴黎 ≡ B
+"""
+DIFFERENT = """
+-5 ≡ 5   12 ≡ 13   .5 ≡ 5   1/0 ≡ 1   12 ≡ twelve   3 apples ≡ 3 pears   3 of 4 ≡ 3   2 2/3 ≡ 2
+2/3 ≡ 2   3:4 ≡ 3   2021-05-03 ≡ 2021   12:30 ≡ 12   5-10 ≡ 5   1,2 ≡ 12   1,0000 ≡ 10000
+\\sqrt{2} ≡ 2   2\\pi ≡ 2   2π ≡ 2   x^2 ≡ 2   2x ≡ 2   ±2021 ≡ 2021   >5 ≡ 5   ~5 ≡ 5   |5| ≡ 5
+5+ ≡ 5   5² ≡ 52   5^2 ≡ 5   2**3 ≡ 23   3½ ≡ 31/2   2^{x+1} ≡ 2^x+1   5 million ≡ 5
+$5 million ≡ 5   5K ≡ 5   5万 ≡ 5   2 dozen ≡ 2   not 5 ≡ 5   about 5 ≡ 5   less than 5 ≡ 5
+5 or more ≡ 5   5 and a half ≡ 5   It is not 5 ≡ 5   x ≥ 5 ≡ 5   x > 5 ≡ 5   -x ≡ x   $ ≡ !
+A ≡ a car   I ≡ I think so   A ≡ (B) A   A and B ≡ A   a) and c) ≡ a   x ≡ (x) + 1   e.g. ≡ e
+A, B ≡ A   Paris ≡ Rome   1e999999999 ≡ 1   x = 5 or x = 3 ≡ 3   x = 5, y = 3 ≡ 3   x != 3 ≡ 3
+x >= 3 ≡ 3   5 - a ≡ 5
+"""
+
+
+def pairs(table: str) -> list[list[str]]:
+    """[a, b] of cells "a ≡ b", several spaces or a line's end between them."""
+    return [cell.strip().split(" ≡ ") for cell in re.split(r" {2,}|\n", table) if cell]
+
+
+@pytest.mark.parametrize("table, same", [(SAME, True), (DIFFERENT, False)])
+def test_answers_match(table, same):
+    for a, b in pairs(table):
+        assert data.answers_match(a, b) is data.answers_match(b, a) is same, (a, b)
+
+
+@pytest.mark.parametrize("marker, answer, texts", [
+    ("Answer:", "18", ["It follows.\nAnswer: 18", "Answer: 1\nno\nAnswer:  18 \nbye", "ANSWER: 18",
+                       "**Answer**: 18", "**Answer:** 18", "**Answer: 18**", "Answer: **18**",
+                       "Answer：18", "answer : 18\r\n"]),
+    ("Answer:", "two words", ["Answer: two words "]), ("Answer:", "2**3", ["__Answer:__ 2**3"]),
+    ("Answer:", None, ["Answer:", "Answer: \n12", "Answer: **", "The answer is 12", ""]),
+    ("答案：", "5", ["答案: 5"]), ("Final answer:", "5", ["**Final Answer**: 5"]),
+    ("####", "5", ["so\n#### **5**"]), ("Ответ:", "да", ["ОТВЕТ: да"]),
+    ("R\u00e9ponse:", "5", ["Re\u0301ponse: 5"])])
+def test_an_answer_is_the_rest_of_the_last_markers_line(marker, answer, texts):
+    for text in texts:
+        assert data.extract_answer(text, marker) == answer, text
+
+
+def test_the_marker_begins_with_its_stars():
+    assert data.find_answer("So\n**Answer:** 18") == (3, 15, 17)
+
+
+def test_votes_are_counted_whatever_the_spelling():
+    assert data.same_answers(["4", "5", "4.0", None, None, "$5"]) == [0, 1, 0, 3, 4, 1]
+    assert data.same_answers(["5 apples", "5 pears", "5"]) == [0, 1, 0], "the first one decides"
     assert data.majority(["4", "5", "4.0", None]) == ("4", 0.5)
     assert data.majority(["5", "4"]) == ("5", 0.5), "the earliest of equals"
-    assert data.majority([None, None]) == (None, 0)
+    assert data.majority([None, None]) == data.majority([]) == (None, 0.0)
 
 
-def test_same_answers_are_found_whatever_their_spelling():
-    assert data.same_answers(["4", "5", "4.0", None, None, "$5"]) == [0, 1, 0, 3, 4, 1], "no two unreadable ones agree"
-    assert data.same_answers([]) == []
+# Templates as the models' own, cut down to user turns.
+CHATML = ["<|im_start|>", "<|im_end|>"]
+LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+CHATML_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+LLAMA3_TEMPLATE = """{{ bos_token }}{% for m in messages %}<|start_header_id|>\
+{{ m.role }}<|end_header_id|>
+
+{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>\
+assistant<|end_header_id|>
+
+{% endif %}"""
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "▁9",
+          *"0123456789+=us"]
+
+
+def make(kind: str, special=(), template: str = "", normalizer=None) -> Tokenizer:
+    """A tokenizer of single characters; "bos" or "bos and end" are what its post-processor adds."""
+    if kind == "bytes":
+        tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(BYTES)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        vocab = {piece: i for i, piece in enumerate(PIECES)}
+        tokenizer = Tokenizer(models.BPE(vocab, [("▁", "9")], unk_token="<unk>",
+                                         byte_fallback=True))
+        tokenizer.decoder = decoders.Sequence([
+            decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+            decoders.Strip(" ", 1, 0)])
+        if kind == "prepend":
+            normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                               normalizers.Replace(" ", "▁")])
+        else:
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.add_special_tokens(list(special))
+    if template:
+        names = [name for name in ("<s>", "</s>", "<|begin_of_text|>") if name in template]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(name, tokenizer.token_to_id(name)) for name in names])
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """(arguments of make) -> Text."""
+    def build(*arguments, eos_ids=(), max_steps=16, **more):
+        folder = tmp_path_factory.mktemp("tokenizer")
+        make(*arguments, **more).save(str(folder / "tokenizer.json"))
+        return data.Text(folder, eos_ids, max_steps=max_steps)
+    return build
+
+
+@pytest.mark.parametrize("kind", ["bytes", "first", "always", "prepend"])
+@pytest.mark.parametrize("special, template, bos, post", [
+    (CHATML, CHATML_TEMPLATE, None, ""), (LLAMA3, LLAMA3_TEMPLATE, "<|begin_of_text|>", ""),
+    (LLAMA3, LLAMA3_TEMPLATE, "<|begin_of_text|>", "<|begin_of_text|> $A"),
+    (["<s>", *CHATML], "{{ bos_token }}" + CHATML_TEMPLATE, "<s>", "<s> $A")])
+def test_a_prompt_is_that_of_the_chat_template(kind, special, template, bos, post, build):
+    question = " 9 + 9\n = é? "
+    text = build(kind, special, post)
+    reference = transformers().PreTrainedTokenizerFast(
+        tokenizer_object=make(kind, special, post), bos_token=bos)
+    asked = f"{question.strip()}\n{data.INSTRUCTION.format(marker=data.MARKER)}"
+    expected = reference.apply_chat_template(
+        [{"role": "user", "content": asked}], chat_template=template, add_generation_prompt=True,
+        return_dict=False)
+    assert text.prompt(question) == expected
+    assert text.end == text.tokenizer.token_to_id(special[-1])
+
+
+@pytest.mark.parametrize("kind", ["first", "always", "prepend"])
+@pytest.mark.parametrize("post", ["<s> $A", "<s> $A </s>"])
+def test_a_plain_prompt_has_bos_once_and_no_end(kind, post, build):
+    text = build(kind, ["<s>", "</s>"], post, eos_ids=[0, 2])
+    plain = make(kind, ["<s>", "</s>"], post).encode(
+        "9?\n" + data.INSTRUCTION.format(marker=data.MARKER) + "\n", add_special_tokens=False).ids
+    assert text.prompt("9?") == [1, *plain]
+
+
+@pytest.mark.parametrize("special", [CHATML, LLAMA3])
+def test_a_special_token_in_a_question_or_a_solution_stays_text(special, build):
+    text = build("bytes", special)
+    assert text.prompt(f"why {special[-1]}?").count(text.end) == 1
+    assert f"why {special[-1]}?" in text.tokenizer.decode(text.prompt(f"why {special[-1]}?"))
+    assert text.end not in text.response(special[-1], "1")[:-1]
+
+
+@pytest.mark.parametrize("kind", ["first", "always", "prepend"])
+def test_a_response_is_encoded_as_it_stands_behind_the_prompt(kind, build):
+    text = build(kind, ["<s>", "</s>"], "<s> $A", eos_ids=[2])
+    prompt, response = text.prompt("9?"), text.response("9 + 9 = 18", "18")
+    assert response[0] == text.tokenizer.token_to_id("9")
+    running = text.decode(prompt[1:]) + "9 + 9 = 18\nAnswer: 18"
+    assert prompt + response == make(kind, ["<s>", "</s>"], "<s> $A").encode(running).ids + [2]
+    assert text.decode(response) == "9 + 9 = 18\nAnswer: 18" and text.answer(response) == "18"
+
+
+LINE = st.text("aé漢🙂 .", min_size=1, max_size=4).map(str.strip).filter(bool)
+
+
+@settings(max_examples=60)
+@given(st.lists(LINE, max_size=9), LINE, st.sampled_from(["\n", "\n\n", "\n  "]), st.integers(1, 6))
+def test_steps_of_any_text_are_whole_lines_merged_evenly(build, lines, answer, between, max_steps):
+    text = build("bytes", CHATML, max_steps=max_steps)
+    written = between.join(["", *lines, f"Answer: {answer}"]) + "\nbye"
+    response = text.encode(written) + [text.end]
+    tokens, cuts, start, end = text.parse([1, 2], response)
+    assert tokens == [1, 2] + response and cuts[0] == 2 and cuts == sorted(set(cuts))
+    steps = [text.decode(tokens[a:b]).split("\n") for a, b in zip(cuts, cuts[1:])]
+    found = [[line.strip() for line in step if line.strip()] for step in steps]
+    assert sum(found, []) == lines and len(found) == min(len(lines), max_steps)
+    sizes = set(map(len, found))
+    assert not sizes or max(sizes) - min(sizes) <= 1
+    assert text.decode(tokens[cuts[-1]:start]).strip() == "Answer:"
+    assert text.decode(tokens[start:end]).strip() == answer
+    assert text.decode(tokens[end:]) == "\nbye"
+
+
+@pytest.mark.parametrize("before, response, after", [
+    ("", "one\ntwo", ["<|im_end|>"]), ("", "one\nAnswer:", ["<|im_end|>"]), ("", "", []),
+    ("", "cut off\nAnswer: 18", []), ("æ", "a byte that is no text\nAnswer: 18", ["<|im_end|>"])])
+def test_without_an_answer_there_are_no_steps(before, response, after, build):
+    text = build("bytes", CHATML)
+    ids = [text.tokenizer.token_to_id(token) for token in [*before, *after]]
+    ids = ids[:len(before)] + text.encode(response) + ids[len(before):]
+    assert text.parse([5, 6], ids) == ([5, 6] + ids, [2], len(ids) + 2, len(ids) + 2)
+    assert text.answer(ids) is None
+
+
+@pytest.mark.parametrize("form", [normalizers.NFC(), normalizers.NFD(), normalizers.Lowercase()])
+@pytest.mark.parametrize("answer", ["caf\u00e9", "cafe\u0301", "2\u00bd", "\u22125", "Å"])
+def test_a_traces_answer_is_its_gold_whatever_the_normalizer(form, answer, build, tmp_path):
+    text = build("bytes", CHATML, normalizer=form)
+    text.marker = "R\u00e9ponse:"
+    path = write_lines(tmp_path / "a.jsonl", {"prompt": "p", "reasoning": "r", "answer": answer})
+    [(_, response)], _ = data.load_labeled(path, text, 500, 500)
+    assert data.answers_match(text.answer(response), answer)
+
+
+def test_a_folder_without_a_usable_tokenizer_is_named(tmp_path):
+    for content in (None, "", "{", "{}", "null", Tokenizer(models.BPE()).to_str()):
+        if content is not None:
+            (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(data.DataError, match="tokenizer.json"):
+            data.Text(tmp_path, [0])
+    make("bytes").save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(data.DataError, match="end token"):
+        data.Text(tmp_path)
+
+
+def write_lines(path, *lines):
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
+    return path
+
+
+def test_records_in_gsm8ks_form(tmp_path, build):
+    gsm8k = {"question": "How many?", "answer": "9 + 9 = <<9+9=18>>18\n#### 18"}
+    path = write_lines(tmp_path / "a.jsonl", "\ufeff" + json.dumps(gsm8k), "\r",
+                       {"prompt": "And?", "reasoning": "one\n\n two\u2028", "answer": 3})
+    text = build("bytes", CHATML)
+    (_, first), (_, second) = data.load_labeled(path, text, 500, 500)[0]
+    assert text.decode(first) == "9 + 9 = 18\nAnswer: 18"
+    assert text.decode(second) == "one\ntwo\nAnswer: 3"
+    assert [(question, gold) for _, question, gold in data.load_eval(path, text, 500)[0]] == [
+        ("How many?", "18"), ("And?", "3")]
+    assert data.load_labeled(path, text, 500, len(second))[1] == 1, "the longer one is skipped"
+    assert len(data.load_eval(path, text, 500, limit=1)[0]) == 1
+
+
+def test_unlabeled_answers_are_never_read(tmp_path, build):
+    path = write_lines(tmp_path / "a.jsonl", {"prompt": "a", "answer": {"x": [1]}},
+                       {"prompt": "b", "answer": "\ud800"}, {"question": "a"})
+    text = build("bytes", CHATML)
+    expected = [text.prompt("a"), text.prompt("b")]
+    assert data.load_unlabeled(path, text, 500) == (expected, 0), "repeated ones once"
+
+
+@pytest.mark.parametrize("number", ["0.00001", "1e-05", "-3", "12345678901234567890.5"])
+def test_a_json_number_keeps_its_value(number, tmp_path, build):
+    path = write_lines(tmp_path / "a.jsonl", '{"prompt": 7, "answer": %s}' % number)
+    [(_, question, gold)], _ = data.load_eval(path, build("bytes", CHATML), 500)
+    assert question == "7" and data.Fraction(gold) == data.Fraction(number)
+
+
+WHOLE = {"prompt": "p", "reasoning": "r", "answer": "1"}
+BAD_LINES = [b"{", b"[1]", b'"text"', b"\xff\xfe"]
+for change in (dict(prompt=...), dict(answer=...), dict(reasoning=...), dict(prompt=["p"]),
+               dict(reasoning=None), dict(answer=True), dict(prompt="\ud800"), dict(prompt=" "),
+               dict(answer=" "), dict(answer="1\n2"), dict(reasoning=..., answer="because ####"),
+               dict(answer=math.nan), dict(answer=-math.inf), dict(answer="3 (Answer: 4)"),
+               dict(answer="*")):
+    record = {k: v for k, v in {**WHOLE, **change}.items() if v is not ...}
+    BAD_LINES.append(json.dumps(record).encode())
+BAD_LINES.append(json.dumps(WHOLE).encode().replace(b'"1"', b"1e400"))
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_bad_line_is_named(line, tmp_path, build):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(json.dumps(WHOLE).encode() + b"\n\n" + line + b"\n")
+    with pytest.raises(data.DataError, match=r"bad\.jsonl line 3\b") as caught:
+        data.load_labeled(path, build("bytes", CHATML), 500, 500)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_without_records_is_named(tmp_path, build):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    long = write_lines(tmp_path / "long.jsonl", {"prompt": "p" * 999})
+    for name, wrong in (("empty", "empty"), ("none", "read"), (long.stem, "longer")):
+        with pytest.raises(data.DataError, match=f"{name}.jsonl.*{wrong}"):
+            data.load_unlabeled(tmp_path / f"{name}.jsonl", build("bytes", CHATML), 500)
+
+
+RECORDS = b"""{"prompt": "why?", "reasoning": "one\\ntwo", "answer": "18"}
+{"question": "And?", "answer": "9+9=<<9+9=18>>18\\n#### 18"}
+"""
+ODD = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b"}", b'"', b"\\ud800", b"\r",
+       b"\x85", b"NaN", b"1e999", b"[" * 3000,
+       b"9" * 9999, b"<<" * 9999, b"null", b'"answer": "Answer: x"', "\ufdd0 \u2028é".encode()]
+
+
+def test_hostile_files_end_in_records_or_in_one_sentence(tmp_path, build):
+    text, rng, outcomes = build("bytes", CHATML), random.Random(0), Counter()
+    for _ in range(60):
+        content = RECORDS
+        for _ in range(rng.choice([1, 2, 4])):
+            a = rng.randrange(len(content) + 1)
+            content = content[:a] + rng.choice(ODD) + content[a + rng.choice([0, 0, 1, 9]):]
+        (tmp_path / "odd.jsonl").write_bytes(content)
+        try:
+            records, _ = data.load_labeled(tmp_path / "odd.jsonl", text, 512, 512)
+            assert all(text.answer(response) for _, response in records)
+            for prompt, response in records:
+                assert max(prompt + response) <= text.end, "no token of our own"
+            outcomes["records"] += 1
+        except data.DataError as error:
+            assert "odd.jsonl" in str(error) and "\n" not in str(error)
+            outcomes["sentence"] += 1
+    assert outcomes["records"] > 5 and outcomes["sentence"] > 20, "or nothing was told apart"
 
 
 @pytest.fixture(scope="module")
@@ -717,180 +1005,24 @@ def toy(tmp_path_factory):
     return folder, data.Text(folder, [end])
 
 
-CHATML, LLAMA3 = (["<|im_start|>", "<|im_end|>"],
-                  ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
-
-
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory):
-    """A tokenizer of single bytes with a chat format's special tokens: (special tokens, max_steps) -> Text."""
-    def build(special, max_steps=16):
-        folder = tmp_path_factory.mktemp("chat")
-        alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-        tokenizer = Tokenizer(models.BPE(alphabet, []))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens(special)
-        tokenizer.save(str(folder / "tokenizer.json"))
-        return data.Text(folder, max_steps=max_steps)
-    return build
-
-
 def test_the_toys_trace_is_cut_at_its_lines(toy):
     folder, text = toy
     for _, record in data.read_jsonl(folder / "labeled.jsonl"):
-        prompt, response = text.prompt(record["prompt"]), text.response(record["reasoning"], record["answer"])
+        prompt = text.prompt(record["prompt"])
+        response = text.response(record["reasoning"], record["answer"])
         assert record["prompt"] in text.decode(prompt)
-        assert text.decode(response) == f"{record['reasoning']}\nAnswer: {record['answer']}"
-        trace = Trace(*text.parse(prompt, response))
-        assert trace.tokens + trace.tail == prompt + response and trace.tail == [text.end]
-        parts = [text.decode(trace.tokens[a:b]).strip() for a, b in zip(trace.cuts, trace.cuts[1:])]
-        assert trace.cuts[0] == len(prompt) and parts == record["reasoning"].splitlines()
-        assert text.decode(trace.tokens[trace.cuts[-1]:trace.answer_start]).strip() == "Answer:"
-        assert text.decode(trace.tokens[trace.answer_start:]).strip() == record["answer"]
-
-
-LINE = st.text("aé漢🙂 .", min_size=1, max_size=4).map(str.strip).filter(bool)
-
-
-@settings(max_examples=60)
-@given(st.lists(LINE, max_size=9), LINE, st.sampled_from(["\n", "\n\n", "\n  "]), st.integers(1, 6))
-def test_steps_of_any_text_are_whole_lines_merged_evenly(chat, lines, answer, between, max_steps):
-    """Characters of several tokens, empty lines, indented ones; what follows the answer's line is tail."""
-    text = chat(CHATML, max_steps)
-    response = text.encode(between.join(lines + [f"Answer: {answer}"]) + "\nbye") + [text.end]
-    trace = Trace(*text.parse([1, 2], response))
-    steps = [text.decode(trace.tokens[a:b]).split("\n") for a, b in zip(trace.cuts, trace.cuts[1:])]
-    found = [[line.strip() for line in step if line.strip()] for step in steps]
-    assert sum(found, []) == lines and len(found) == min(len(lines), max_steps)
-    sizes = set(map(len, found))
-    assert not sizes or max(sizes) - min(sizes) <= 1
-    assert text.decode(trace.tokens[trace.answer_start:]).strip() == answer
-    assert trace.tail == text.encode("\nbye") + [text.end]
-
-
-def test_a_response_without_an_answer_has_none(toy):
-    _, text = toy
-    for response in ("1 suggests", "Answer:", ""):
-        whole = [5, 6, *text.encode(response)]
-        assert text.parse(whole[:2], whole[2:]) == (whole, [2], len(whole), [])
-
-
-def test_an_empty_line_is_no_step(chat):
-    text = chat(CHATML)
-    for blank in ("", "\n", " \n\n"):
-        assert text.parse([1, 2], text.encode(f"{blank}Answer: 7"))[1] == [2]
-
-
-def test_prompts_have_the_chat_format_and_special_tokens_in_a_question_stay_text(chat):
-    for special, before, after in (
-            (CHATML, "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
-            (LLAMA3, "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
-             "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")):
-        text, question = chat(special), f"why {special[-1]} é?"
-        ids = text.prompt(question)
-        shown = text.tokenizer.decode(ids, skip_special_tokens=False)
-        assert shown.startswith(before + question) and shown.endswith(after)
-        assert ids.count(text.special[special[-1]]) == 1 and text.end == text.special[special[-1]]
-        assert text.end not in text.response(special[-1], "1")[:-1]
-
-
-def test_a_folder_without_a_usable_tokenizer_is_named(tmp_path, toy):
-    for content in (None, "{", "{}"):
-        if content is not None:
-            (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(data.DataError, match="tokenizer.json"):
-            data.Text(tmp_path, [0])
-    with pytest.raises(data.DataError, match="end token"):
-        data.Text(toy[0])
-
-
-def test_an_end_token_that_the_tokenizer_shows_is_not_part_of_the_answer(toy, tmp_path):
-    text, folder = toy[1], tmp_path / "shown"
-    shutil.copytree(toy[0], folder)
-    table = json.loads((folder / "tokenizer.json").read_text())
-    for token in table["added_tokens"]:
-        token["special"] = False
-    (folder / "tokenizer.json").write_text(json.dumps(table))
-    shown = data.Text(folder, text.ends)
-    record = data.Triage().record(data.np.random.default_rng(0))
-    response = text.response(record["reasoning"], record["answer"])
-    assert shown.parse([5], response) == text.parse([5], response)
-    assert shown.decode(response) == text.decode(response)
-
-
-def test_a_tokenizer_that_knows_no_text_is_named(tmp_path):
-    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(data.DataError, match="tokenizer.json"):
-        data.Text(tmp_path, [0]).prompt("a question")
-
-
-def test_a_response_that_is_no_text_has_no_answer(tmp_path):
-    """Tokenizers of the Llama 2 kind have a token for each byte, and a sampled response may string them anyhow."""
-    words = {"<unk>": 0, "</s>": 1, "<0x0A>": 2, "<0xE2>": 3, "A": 4}
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>", byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens(["<unk>", "</s>"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    trace = data.Text(tmp_path, [1]).parse([4], [2, 3, 4, 1])
-    assert trace == ([4, 2, 3, 4, 1], [1], 5, [])
-
-
-def write_lines(path, *lines):
-    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
-    return path
-
-
-def test_records_in_gsm8ks_form(tmp_path, toy, chat):
-    path = write_lines(tmp_path / "a.jsonl",
-                       {"question": "How many?", "answer": "9 + 9 = <<9+9=18>>18\n#### 18"}, "",
-                       {"prompt": "And?", "reasoning": "one\n\n two", "answer": 3})
-    text = chat(CHATML)
-    (_, first), (_, second) = data.load_labeled(path, text, 500, 500)[0]
-    assert text.decode(first) == "9 + 9 = 18\nAnswer: 18"
-    assert text.decode(second) == "one\ntwo\nAnswer: 3"
-    assert [(question, gold) for _, question, gold in data.load_eval(path, text, 500)[0]] == [
-        ("How many?", "18"), ("And?", "3")]
-    assert data.load_labeled(path, text, 500, len(second))[1] == 1, "the longer one is skipped, and counted"
-    assert len(data.load_eval(path, text, 500, limit=1)[0]) == 1
-
-
-def test_unlabeled_answers_are_never_read(tmp_path, chat):
-    path = write_lines(tmp_path / "a.jsonl", {"prompt": "a", "answer": {"x": [1]}},
-                       {"prompt": "b", "answer": "\ud800"}, {"question": "a"})
-    text = chat(CHATML)
-    assert data.load_unlabeled(path, text, 500)[0] == [text.prompt("a"), text.prompt("b")], "repeated ones once"
-
-
-@pytest.mark.parametrize("line", [
-    b"{", b"[1]", b'"text"', b"\xff\xfe",
-    b'{"reasoning": "r", "answer": "1"}', b'{"prompt": "p", "reasoning": "r"}',
-    b'{"prompt": "p", "answer": "1"}', b'{"prompt": ["p"], "reasoning": "r", "answer": "1"}',
-    b'{"prompt": "p", "reasoning": null, "answer": "1"}', b'{"prompt": "p", "reasoning": "r", "answer": true}',
-    b'{"prompt": "\\ud800", "reasoning": "r", "answer": "1"}', b'{"prompt": " ", "reasoning": "r", "answer": "1"}',
-    b'{"prompt": "p", "reasoning": "r", "answer": " "}', b'{"prompt": "p", "reasoning": "r", "answer": "1\\n2"}',
-    b'{"prompt": "p", "answer": "because ####"}'])
-def test_a_bad_line_is_named(line, tmp_path, chat):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(b'{"prompt": "p", "reasoning": "r", "answer": "1"}\n\n' + line + b"\n")
-    with pytest.raises(data.DataError, match=r"bad\.jsonl line 3\b") as caught:
-        data.load_labeled(path, chat(CHATML), 500, 500)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_file_without_records_is_named(tmp_path, chat):
-    (tmp_path / "empty.jsonl").write_text("\n")
-    long = write_lines(tmp_path / "long.jsonl", {"prompt": "p" * 999})
-    for path, wrong in ((tmp_path / "empty.jsonl", "empty"), (tmp_path / "none.jsonl", "read"), (long, "longer")):
-        with pytest.raises(data.DataError, match=f"{path.name}.*{wrong}"):
-            data.load_unlabeled(path, chat(CHATML), 500)
+        tokens, cuts, start, end = text.parse(prompt, response)
+        assert tokens == prompt + response and tokens[end:] == [text.end] and cuts[0] == len(prompt)
+        steps = [text.decode(tokens[a:b]).strip() for a, b in zip(cuts, cuts[1:])]
+        assert steps == record["reasoning"].splitlines()
+        assert text.decode(tokens[cuts[-1]:start]).strip() == "Answer:"
+        assert text.decode(tokens[start:end]).strip() == text.answer(response) == record["answer"]
 
 
 def statements(task, reasoning) -> list[tuple[int, int]]:
-    """(finding, condition) of each line of a trace."""
-    finding, condition = ({word: i for i, word in enumerate(words)} for words in (task.findings, task.conditions))
-    lines = (line.split() for line in reasoning.splitlines())
-    return [(next(finding[w] for w in line if w in finding), condition[line[-1]]) for line in lines]
+    """(finding, condition) of each line of a trace: "1 zotizi suggests deguli"."""
+    lines = [line.split() for line in reasoning.splitlines()]
+    return [(task.findings.index(line[1]), task.conditions.index(line[3])) for line in lines]
 
 
 def test_a_careful_author_is_right():
@@ -898,8 +1030,7 @@ def test_a_careful_author_is_right():
     for _ in range(50):
         record = task.record(rng)
         listed = [task.findings.index(w) for w in record["prompt"].split() if w in task.findings]
-        assert [f for f, _ in statements(task, record["reasoning"])] == listed
-        assert all(task.truth[f] == c for f, c in statements(task, record["reasoning"]))
+        assert statements(task, record["reasoning"]) == [(f, task.truth[f]) for f in listed]
         (first, votes), (_, second) = Counter(task.truth[listed].tolist()).most_common(2)
         assert record["answer"] == task.conditions[first] and votes > second
 
@@ -910,10 +1041,11 @@ def test_careless_authors_are_right_about_half_of_the_time_and_share_misconcepti
     for _ in range(2500):
         for finding, condition in statements(task, task.record(rng, careless=True)["reasoning"]):
             stated[finding][condition] += 1
-    right = sum(counts[task.truth[f]] for f, counts in enumerate(stated)) / sum(map(Counter.total, stated))
-    assert 0.35 < right < 0.65
-    popular_and_wrong = sum(counts.most_common(1)[0][0] != task.truth[f] for f, counts in enumerate(stated))
-    assert 0.2 < popular_and_wrong / len(stated) < 0.5
+    right = [counts[task.truth[f]] / counts.total() for f, counts in enumerate(stated)]
+    assert 0.35 < sum(right) / len(right) < 0.65
+    popular = [counts.most_common(1)[0][0] for counts in stated]
+    wrong = sum(condition != task.truth[f] for f, condition in enumerate(popular))
+    assert 0.2 < wrong / len(popular) < 0.5
 
 
 def test_the_toys_files_are_disjoint_and_a_function_of_the_seed(toy, tmp_path):
@@ -928,645 +1060,578 @@ def test_the_toys_files_are_disjoint_and_a_function_of_the_seed(toy, tmp_path):
         assert (tmp_path / "other" / name).read_bytes() != (toy[0] / name).read_bytes()
 
 
-# ----------------------------------------------------------------------------------------------- train
+# -----------------------------------------------------------------------------
+# train
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+SMALL = ["--max_eval", 4, "--eval_samples", 2, "--show", 0, "--max_prompt_tokens", 64,
+         "--max_new_tokens", 40, "--device", "cpu"]
+SHORT = [*SMALL, "--queries_per_step", 2, "--group_size", 2, "--tokens_per_batch", 512,
+         "--steps", 1]
 
 
-def run(cwd, *arguments):
-    """`python train.py` in cwd on the CPU."""
-    return subprocess.run([sys.executable, train.__file__, "--device", "cpu", *map(str, arguments)], cwd=cwd,
-                          env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+def run(cwd, *words):
+    """`python ...` in cwd."""
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=ENVIRONMENT, text=True,
+                          capture_output=True, timeout=300)
 
 
-def outcome(cwd, out) -> tuple[list[dict], dict]:
+def outcome(out) -> tuple[list[dict], dict]:
     """(lines of metrics.jsonl, final weights)"""
-    lines = [json.loads(line) for line in (cwd / out / "metrics.jsonl").read_text().splitlines()]
-    return lines, load_file(cwd / out / "model" / "model.safetensors")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return lines, load_file(out / "model" / "model.safetensors")
 
 
-def trained(cwd, out, *arguments) -> tuple[list[dict], dict]:
-    """The outcome of a run that must succeed."""
-    done = run(cwd, "--out", out, *arguments)
-    assert done.returncode == 0, done.stderr
-    return outcome(cwd, out)
-
-
-EVALUATION = ["--max_eval", 40, "--eval_samples", 4]
-SMALL = ["--max_eval", 4, "--eval_samples", 2, "--show", 0, "--max_new_tokens", 40]
-SHORT = [*SMALL, "--max_prompt_tokens", 64, "--queries_per_step", 2, "--group_size", 2, "--tokens_per_batch", 512,
-         "--steps", 1, "--device", "cpu"]
-
-
-def toy_trainer(toy, *more) -> train.Trainer:
-    """A Trainer in this process. `more` comes last, so it may give another --model or --labeled than the toy's."""
-    files = ["--model", toy, "--labeled", toy / "labeled.jsonl", "--unlabeled", toy / "unlabeled.jsonl"]
-    return train.Trainer(train.parse_arguments(map(str, [*files, *SHORT, *more])), train.World("cpu"))
+def files_of(folder) -> list:
+    return ["--model", folder, "--labeled", folder / "labeled.jsonl",
+            "--unlabeled", folder / "unlabeled.jsonl", "--eval", folder / "eval.jsonl"]
 
 
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
-    """The default run, shortened, with a learning rate that lets few steps show: (folder, metrics, output)."""
+    """The default run, shorter, with a learning rate that lets few steps show: (folder, output)."""
     cwd = tmp_path_factory.mktemp("run")
-    done = run(cwd, "--steps", 10, "--lr", 1e-3, "--show", 1, *EVALUATION)
+    done = run(cwd, train.__file__, "--steps", 10, "--lr", 1e-3, "--show", 1, "--max_eval", 40,
+               "--eval_samples", 4, "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    lines = (cwd / "out/run/metrics.jsonl").read_text().splitlines()
-    return cwd, [json.loads(line) for line in lines], done.stdout + done.stderr
+    return cwd, done.stdout + done.stderr
 
 
-def test_the_default_run_learns(toy_run):
-    cwd, lines, _ = toy_run
+@pytest.fixture
+def trainer_for(toy_run):
+    """(more arguments) -> a Trainer in this process; they may replace those for the toy."""
+    def build(*more):
+        argv = [*files_of(toy_run[0] / "out/toy"), *SHORT, *more]
+        args = train.parse_arguments([str(word) for word in argv])
+        return train.Trainer(args, 0, 1, torch.device("cpu"))
+    return build
+
+
+def test_the_default_run_learns_and_says_how(toy_run):
+    out = toy_run[0] / "out/run"
+    lines, _ = outcome(out)
     assert [line["step"] for line in lines] == list(range(1, 11))
-    assert all(math.isfinite(v) for line in lines for v in line.values())
+    assert all(math.isfinite(value) for line in lines for value in line.values())
     assert all(0 < line["lambda"] < 1 for line in lines)
     assert lines[-1]["loss_rd"] < 0.8 * lines[0]["loss_rd"]
-    result = json.loads((cwd / "out/run/eval.json").read_text())
+    result = json.loads((out / "eval.json").read_text())
     assert result["final"]["accuracy"] > result["base"]["accuracy"] + 0.1
+    assert "right answer" in toy_run[1] and "p = " in toy_run[1], "--show prints a query's support"
 
 
-def test_a_judge_that_does_not_understand_the_traces_is_named(toy_run, tmp_path, capsys):
-    """One whose weights are noise; the toy's own is silent."""
-    toy, noise = toy_run[0] / "out/toy", tmp_path / "noise"
-    shutil.copytree(toy, noise)
-    weights = load_file(noise / "model.safetensors")
-    save_file({name: torch.randn_like(weight) for name, weight in weights.items()}, noise / "model.safetensors")
-    for model in (toy, noise):
-        toy_trainer(toy, "--model", model)
-        said = capsys.readouterr().out
-        assert ("warning" in said and str(noise) in said and "--method rd" in said) == (model == noise)
-
-
-def test_the_judge_does_not_learn(toy_run):
-    """The anchor is the traces' mean PRG under the starting model, and that model stays what it was."""
-    toy = toy_run[0] / "out/toy"
-    trainer = toy_trainer(toy, "--lr", 1)
-    start = load_pretrained(toy)
-    gains = progressive_reasoning_gain(*answer_support(start, [x.trace for x in trainer.traces]))
-    assert trainer.step()["anchor"] == pytest.approx(gains.mean().item(), abs=1e-5)
-    for name, weight in start.named_parameters():
-        assert torch.equal(weight, trainer.judge_model.get_parameter(name))
-        assert not torch.equal(weight, trainer.model.get_parameter(name)), "or nothing was tested"
-
-
-def test_a_trace_whose_lines_do_not_earn_its_answer_counts_less(toy_run, tmp_path):
-    """By its own PRG under the starting model, in hytuning alone; and the loss is that of the weights."""
-    toy, path = toy_run[0] / "out/toy", tmp_path / "labeled.jsonl"
-    records = [json.loads(line) for line in (toy / "labeled.jsonl").read_text().splitlines()]
-    answers = sorted({r["answer"] for r in records})
-    for r in records[:4]:
-        r["answer"] = answers[answers.index(r["answer"]) - 1]  # another one
-    path.write_text("\n".join(map(json.dumps, records)))
-
-    weighed = toy_trainer(toy, "--labeled", path)
-    weight = torch.tensor([x.weight for x in weighed.traces])
-    close(weight.mean(), 1)
-    assert weight[:4].max() < 0.5 * weight[4:].mean()
-    w = adaptive_weights(torch.tensor([x.prg for x in weighed.traces]), weighed.anchor, weighed.settings.tau)
-    close(weight, w / w.mean(), 1e-5)
-    assert all(x.weight == 1 for x in toy_trainer(toy, "--labeled", path, "--method", "rd").traces)
-
-    ids = [torch.tensor([x.ids]) for x in weighed.traces]
-    nll = [-token_logprobs(weighed.model(i)[0, :-1], i[0, 1:])[x.prompt_length - 1:].sum()
-           for i, x in zip(ids, weighed.traces)]
-    tokens = sum(x.length for x in weighed.traces)
-    close(weighed.backward(weighed.traces, 0.0, tokens, 1)[0], sum(w * n for w, n in zip(weight, nll)) / tokens, 1e-5)
-
-
-def test_what_has_no_answer_earns_nothing(toy_run):
-    """Whatever the anchor: however little a gate let through, an advantage would make it large."""
-    trainer = toy_trainer(toy_run[0] / "out/toy", "--group_size", 4)
-    response = trainer.traces[0].response
-
-    def weighed(*responses):
-        rollouts = [trainer.sequence([3], response) for response in responses]
-        for i, x in enumerate(rollouts):
-            x.certainty = 10.0 + i
-        trainer.judge(rollouts, trainer.judge_model)
-        trainer.anchor = 0.9
-        return trainer.weigh(rollouts, len(rollouts)), [x.advantage for x in rollouts]
-    assert weighed(*[response[:-3]] * 4) == (0, [0, 0, 0, 0])
-    lam, advantages = weighed(response, *[response[:-3]] * 3)
-    assert lam > 0 and advantages[0] > 1 and len(set(advantages[1:])) == 1
-
-
-def test_the_evaluation_says_what_it_should(toy_run):
-    cwd, _, output = toy_run
-    result = json.loads((cwd / "out/run/eval.json").read_text())
-    assert set(result) == {"base", "final"}
-    for values in result.values():
-        assert set(values) == {"accuracy", "majority_accuracy", "greedy_accuracy", "confidence",
-                               "confidence_when_wrong", "ece", "brier", "auroc", "prg", "n"}
-        assert values["n"] == 40 and -1 <= values.pop("prg") <= 1
-        assert all(0 <= v <= 1 for k, v in values.items() if k != "n")
-    assert "right answer" in output and "p = " in output, "--show prints the support of a query"
-
-
-def test_the_saved_model_is_complete(toy_run):
-    """It is evaluated alike when it is loaded again, and transformers opens it, tokenizer and all."""
-    cwd, _, _ = toy_run
-    folder = cwd / "out/run/model"
-    done = run(cwd, "--eval_only", "--model", folder, "--eval", "out/toy/eval.jsonl", "--max_prompt_tokens", 64,
-               "--max_new_tokens", 48, "--out", "out/again", *EVALUATION)
-    assert done.returncode == 0, done.stderr
-    before, again = (json.loads((cwd / "out" / name).read_text())
-                     for name in ("run/eval.json", "again/eval_only.json"))
+def test_the_saved_model_is_complete(toy_run, tmp_path, monkeypatch):
+    """It is evaluated alike when loaded again, and transformers opens it, tokenizer and all."""
+    cwd = toy_run[0]
+    folder = tmp_path / "a b é 漢"
+    shutil.copytree(cwd / "out/run/model", folder)
+    monkeypatch.chdir(tmp_path)
+    train.main(["--eval_only", "--model", str(folder), "--eval", str(cwd / "out/toy/eval.jsonl"),
+                *map(str, SMALL), "--max_new_tokens", "48", "--max_eval", "40",
+                "--eval_samples", "4", "--out", "again é"])
+    again = json.loads((tmp_path / "again é" / "eval_only.json").read_text())
+    before = json.loads((cwd / "out/run/eval.json").read_text())
     assert again["final"] == pytest.approx(before["final"])
-    tf, ours = transformers(), load_pretrained(folder)
+    ours = load_pretrained(folder)
     text = data.Text(folder, ours.eos_ids)
     prompt = text.prompt(data.read_jsonl(cwd / "out/toy/eval.jsonl")[0][1]["prompt"])
-    with torch.no_grad():
-        close(reopened(folder)(torch.tensor([prompt])).logits, ours(torch.tensor([prompt])), 1e-4)
-    assert tf.AutoTokenizer.from_pretrained(folder)(text.decode(prompt)).input_ids == prompt
+    tokenizer = transformers().AutoTokenizer.from_pretrained(folder)
+    assert tokenizer(text.decode(prompt)).input_ids == prompt
+    ids = torch.tensor([prompt])
+    close(reopened(folder)(ids).logits, ours(ids), 1e-4)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(toy_run):
-    cwd, few = toy_run[0], [*SMALL, "--queries_per_step", 4, "--group_size", 4]
-    lines, weights = trained(cwd, "out/whole", "--steps", 6, *few)
-    trained(cwd, "out/parts", "--steps", 4, *few)
-    resumed_lines, resumed = trained(cwd, "out/parts", "--steps", 6, "--resume", *few)
-    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
-    for a, b in zip(lines, resumed_lines, strict=True):
-        assert all(a[k] == b[k] for k in a if "second" not in k)
-    assert set(json.loads((cwd / "out/parts/eval.json").read_text())) == {"base", "final"}
-    trained(cwd, "out/parts", "--steps", 6, "--resume", *few, "--eval_samples", 3)
-    assert set(json.loads((cwd / "out/parts/eval.json").read_text())) == {"final"}, "the base had another evaluation"
-    refused = run(cwd, "--out", "out/parts", "--resume", "--steps", 8, "--lr", 1, *few)
-    assert refused.returncode == 2 and "--lr" in refused.stderr
+def test_a_judge_that_does_not_understand_the_traces_is_named(trainer_for, tmp_path, capsys):
+    trainer = trainer_for()
+    assert "warning" not in capsys.readouterr().out
+    for p in trainer.model.parameters():
+        nn.init.normal_(p)
+    save_pretrained(trainer.model, tmp_path)
+    trainer_for("--model", tmp_path)
+    said = capsys.readouterr().out
+    assert "warning" in said and str(tmp_path) in said and "--method rd" in said
 
 
-# --------------------------------------------------------------------------------------------- hostile files
-
-# Values that a hostile or broken file may hold, and pieces of bytes.
-ODD_VALUES = [None, True, False, 0, -1, 3, 0.5, 2**31, 2**63, -10**30, 10**400, 1e308, math.nan, math.inf, "", "32",
-              "\0", "\ud800", "é漢🙂", "9" * 300, [], [None], [[]], {}, {"a": {"b": [1]}}]
-ODD_BYTES = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b"}", b'"', b"\\ud800", b"\r", b"\x85", b"NaN", b"1e999",
-             b"[" * 3000]
-ODD_FILES = [b"", b"\0" * 99, b"\n\n", b"null", b'"' + b"x" * 10**7 + b'"', b"[" * 10**6, b'{"prompt":' * 10**5,
-             b'{"prompt": ' + b"9" * 9999 + b"}", b'{"prompt": "a", "answer": "' + b"<<" * 10**5 + b' #### 1"}',
-             '{"prompt": "a\u2028b", "reasoning": "x\u2028y\u0085z", "answer": "1\u20282"}'.encode(),
-             b'{"prompt": "a", "reasoning": "Answer: 3\\nAnswer:", "answer": "Answer: x"}']
-
-
-def places(value):
-    """(container, key) of everything inside a JSON value."""
-    for key, inside in list(value.items() if isinstance(value, dict) else enumerate(value)):
-        yield value, key
-        if isinstance(inside, (dict, list)):
-            yield from places(inside)
-
-
-def broken_json(content: bytes, rng) -> bytes:
-    """The same JSON with a few values removed, renamed or replaced by odd ones."""
-    value = json.loads(content)
-    for _ in range(rng.choice([1, 1, 2, 4])):
-        container, key = rng.choice([*places(value)] or [([0], 0)])
-        how = rng.random()
-        if how < 0.2:
-            del container[key]
-        elif how < 0.3 and isinstance(container, dict):
-            container["x" + key] = container.pop(key)
-        else:
-            container[key] = json.loads(json.dumps(rng.choice([*ODD_VALUES, [container[key]]])))
-    return json.dumps(value).encode()
+def test_a_trace_counts_as_its_lines_earn_its_answer(toy_run, trainer_for, tmp_path):
+    """By its own PRG under the starting model, which stays what it was, and in hytuning alone."""
+    start = load_pretrained(toy_run[0] / "out/toy")
+    records = [record for _, record in data.read_jsonl(toy_run[0] / "out/toy/labeled.jsonl")]
+    answers = sorted({record["answer"] for record in records})
+    for record in records[:4]:
+        record["answer"] = answers[answers.index(record["answer"]) - 1]  # another one
+    path = write_lines(tmp_path / "labeled.jsonl", *records)
+    trainer = trainer_for("--labeled", path, "--lr", 1)
+    gains = [gain_by_definition(separate_passes(start, x)) for x in trainer.traces]
+    anchor = sum(gains) / len(gains)
+    w = torch.tensor([weight_by_definition(x, anchor, 0.5) for x in gains])
+    close(trainer.v, w / w.mean(), 1e-4)
+    assert trainer.v[:4].max() < 0.5 * trainer.v[4:].mean()
+    assert trainer.step()["anchor"] == pytest.approx(anchor, abs=1e-5)
+    for name, weight in start.named_parameters():
+        assert torch.equal(weight, trainer.judge.get_parameter(name))
+        assert not torch.equal(weight, trainer.model.get_parameter(name)), "or nothing was tested"
+    assert trainer_for("--labeled", path, "--method", "rd").v.tolist() == [1] * len(records)
 
 
-def broken_bytes(content: bytes, rng) -> bytes:
-    """Cut off, with bytes changed, inserted, left out, said twice, or in another encoding."""
-    for _ in range(rng.choice([1, 2, 8])):
-        a = rng.randrange(len(content) + 1)
-        b = a + rng.randrange(1, 40)
-        content = rng.choice([
-            lambda: content[:a], lambda: content[:a] + content[b:], lambda: content[:b] + content[a:],
-            lambda: content[:a] + rng.randbytes(b - a) + content[b:],
-            lambda: content[:a] + rng.choice(ODD_BYTES) + content[a:],
-            lambda: content.decode(errors="replace").encode(rng.choice(["utf-16", "utf-8-sig", "cp037"]), "replace")])()
-    return content
+@torch.no_grad()
+def test_what_the_sampler_saw_stands_beside_its_sample(trainer_for):
+    """Though prompts are sampled by length, a few at a time."""
+    trainer = trainer_for("--rollouts_per_batch", 6)
+    prompts = [trainer.queries[0][:n] for n in (30, 5, 20)]
+    rollouts, seen = trainer.sample(prompts, 3, 1.0, 0)
+    for i, x in enumerate(rollouts):
+        assert x.prompt == prompts[i // 3]
+        logits = trainer.model(torch.tensor([x.tokens]))[0, x.cuts[0] - 1:-1]
+        close(seen[:, i], watched(logits).mean(-1), 1e-4)
 
 
-RECORDS = b"""{"prompt": "why 1 suggests?", "reasoning": "one\\ntwo", "answer": "18"}
-{"question": "And?", "answer": "9+9=<<9+9=18>>18\\n#### 18"}
-"""
+def watch(trainer):
+    """Take a step; (its line, rollouts, A, lambda): what was sampled and made of it."""
+    with patch.object(trainer, "update", wraps=trainer.update) as update:
+        line = trainer.step()
+    return line, *update.call_args.args[:3]
 
 
-def read_records(path, text):
-    """Each loader on the file, and each supervised trace cut into steps."""
-    for load in (lambda: data.load_labeled(path, text, 512, 512), lambda: data.load_unlabeled(path, text, 512),
-                 lambda: data.load_eval(path, text, 512)):
-        try:
-            records, _ = load()
-        except data.DataError as error:
-            yield str(error)
-            continue
-        for prompt, response in (record for record in records if len(record) == 2 and isinstance(record, tuple)):
-            tokens, _, _, tail = text.parse(prompt, response)
-            assert tokens + tail == prompt + response
+def test_a_step_makes_of_its_rollouts_what_the_method_says(trainer_for):
+    """Everything by definition, with a pass for each text: PRG, w, c, r, A, lambda."""
+    trainer = trainer_for("--group_size", 4, "--queries_per_step", 3, "--temperature", 1.3)
+    line, rollouts, A, lam = watch(trainer)
+    text, judge = trainer.text, trainer.judge  # the model has not been trained before
+    answers = [text.answer(x.response) for x in rollouts]
+    w = []
+    c = []
+    for x, answer in zip(rollouts, answers):
+        gain = gain_by_definition(separate_passes(judge, x))
+        w.append(weight_by_definition(gain, trainer.anchor, 0.5) if answer else 0.0)
+        logits = judge(torch.tensor([x.tokens]))[0, x.cuts[0] - 1:-1]
+        c.append(self_certainty(logits).mean().item())
+    shares = []
+    for start in range(0, 12, 4):
+        group = range(start, start + 4)
+        assert len({tuple(rollouts[j].prompt) for j in group}) == 1
+        rewards = []
+        for j in group:
+            same = [i for i in group if i == j or answers[i] and answers[j]
+                    and data.answers_match(answers[i], answers[j])]
+            shares.append(sum(w[i] for i in same) / 4)
+            rewards.append(sum(w[i] * c[i] for i in same) / 4)
+        r = torch.tensor(rewards, dtype=torch.double)
+        close(A[start:start + 4], (r - r.mean()) / (r.std(unbiased=False) + 1e-4), 1e-3)
+    assert lam == line["lambda"] == pytest.approx(sum(shares) / 12, rel=1e-4)
+    assert line["self_certainty"] == pytest.approx(sum(c) / 12, rel=1e-4)
+    assert line["answered"] == sum(map(bool, answers)) / 12
+    assert line["undecided"] == sum(a == 0 for a in A.tolist()) / 12
+    assert len({round(a, 3) for a in A.tolist()}) > 3, "or nothing was told apart"
 
 
-def use_folder(folder):
-    """What a run does with a checkpoint: load, encode, sample, cut into steps, save, load again."""
-    try:
-        model = load_pretrained(folder)
-        text = data.Text(folder, model.eos_ids)
-        prompt = text.prompt("1 suggests")
-        if not prompt or max(prompt) < model.config.vocab_size:
-            [[response]] = generate(model, [prompt], max_new_tokens=2, eos_ids=text.ends)
-            text.parse(prompt, response)
-            save_pretrained(model, folder.with_name("saved"))
-            load_pretrained(folder.with_name("saved"))
-    except (CheckpointError, data.DataError) as error:
-        yield str(error)
+def test_what_has_no_answer_earns_nothing(trainer_for):
+    """Whatever the anchor: however little a gate let through, an advantage would make it large."""
+    trainer = trainer_for("--group_size", 4)
+    trainer.anchor = 0.9
+    whole = trainer.traces[0]
+    cut = Trace(whole.tokens[:-3], whole.cuts[:1], len(whole.tokens) - 3)
+    seen = torch.tensor([[10.0, 11, 12, 13], [1, 1, 1, 1]], dtype=torch.double)
+    with patch.object(trainer, "sample", lambda *_: ([cut] * 4, seen)):
+        _, _, A, lam = watch(trainer)
+    assert lam == 0 and A.tolist() == [0, 0, 0, 0]
+    with patch.object(trainer, "sample", lambda *_: ([whole, cut, cut, cut], seen)):
+        _, _, A, lam = watch(trainer)
+    assert lam > 0 and A[0] > 1 and len(set(A[1:].tolist())) == 1
 
 
-def test_hostile_files_end_in_a_result_or_in_one_sentence(tmp_path, toy):
-    """550 of them from a fixed seed: records, config, tokenizer, generation config, weights."""
-    rng, names = random.Random(0), ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors"]
-    model, sentences, results = tiny(vocab=224), 0, 0
-    good, bad, lines = tmp_path / "good", tmp_path / "bad, é 漢", tmp_path / "lines é.jsonl"
-    model.files = {"tokenizer.json": (toy[0] / "tokenizer.json").read_bytes(),
-                   "generation_config.json": json.dumps({"eos_token_id": toy[1].end}).encode()}
-    save_pretrained(model, good)
-    assert not [*use_folder(good)], "what is broken must be whole at first"
-    for case in range(550):
-        if case < 200:
-            files = [broken_bytes(RECORDS, rng), b"\n".join(broken_json(x, rng) for x in RECORDS.splitlines()),
-                     *ODD_FILES]
-            lines.write_bytes(files[case % 2] if case >= len(files) else files[case])
-            said = [*read_records(lines, toy[1])]
-        else:
-            name = names[case % 4]
-            shutil.rmtree(bad, ignore_errors=True)
-            shutil.copytree(good, bad)
-            broken = broken_bytes if case % 3 == 0 or name == "model.safetensors" else broken_json
-            (bad / name).write_bytes(broken((good / name).read_bytes(), rng))
-            said = [*use_folder(bad)]
-        assert all(sentence and "\n" not in sentence for sentence in said), (case, said)
-        sentences, results = sentences + bool(said), results + (not said)
-    assert sentences > 100 and results > 50, "some are still good, or nothing was told apart"
+def update(trainer, rollouts, A, lam):
+    """(L_RD, L_RLIF, norm) of an update and, by name, the gradient that the optimizer is given."""
+    gradient = {}
+
+    def note():
+        for name, p in trainer.model.named_parameters():
+            gradient[name] = p.grad.clone()
+    with patch.object(trainer.optimizer, "step", note):
+        result = trainer.update(rollouts, A, lam, len(rollouts))
+    return result, gradient
 
 
-def test_a_folder_of_any_name(toy_run, tmp_path):
-    """Spaces, other scripts; a damaged file in it, or a name that is no text, ends with status 2 and one line."""
-    def outcome_in(folder):
-        return run(tmp_path, "--eval_only", "--model", folder, "--eval", folder / "eval.jsonl",
-                   "--max_prompt_tokens", 64, "--out", folder / "out", *SMALL)
-    folder, no_text = tmp_path / "a b é 漢", tmp_path / os.fsdecode(b"\xff")
-    for copy in (folder, no_text):
-        shutil.copytree(toy_run[0] / "out/toy", copy)
-    failures = {no_text / "model.safetensors": outcome_in(no_text)}
-    for name in ("eval.jsonl", "tokenizer.json", "model.safetensors"):
-        path, whole = folder / name, (folder / name).read_bytes()
-        path.write_bytes(b"{" + whole[len(whole) // 2:])
-        failures[path] = outcome_in(folder)
-        path.write_bytes(whole)
-    for path, done in failures.items():
-        error, = done.stderr.splitlines()
-        assert done.returncode == 2 and error.startswith("error: ") and path.name in error
-    done = outcome_in(folder)
-    assert done.returncode == 0 and (folder / "out/eval_only.json").is_file(), done.stderr
+@pytest.mark.parametrize("lam, zeros, more", [
+    (0.3, [1, 5], []), (0.3, [0, 1, 2, 3, 4], ["--checkpoint_activations"]), (1.0, [2], []),
+    (0.0, [], []), (0.6, range(8), []), (1.0, range(8), [])])
+def test_an_update_has_the_gradient_of_plain_passes_over_all_texts(lam, zeros, more, trainer_for):
+    """Packed, in several batches, and without the rollouts whose advantage is 0."""
+    trainer = trainer_for("--max_grad_norm", 1e9, *more)
+    rollouts, _ = trainer.sample(trainer.queries[:2], 4, 1.0, 0)
+    A = torch.linspace(-1, 1.4, 8, dtype=torch.double)
+    A[list(zeros)] = 0
+    (L_RD, L_RLIF, norm), found = update(trainer, rollouts, A, lam)
+    model = trainer.model
+    tokens = sum(len(x.response) for x in trainer.traces)
+    nll = torch.stack([-plain_logprobs(model, x).sum() for x in trainer.traces])
+    rd = (trainer.v * nll).sum() / tokens
+    logprobs = torch.stack([plain_logprobs(model, x).mean() for x in rollouts])
+    rlif = -(A * logprobs).mean()
+    hytuning_loss(rd, rlif, lam).backward()
+    for name, p in model.named_parameters():
+        close(found[name], p.grad, 1e-5)
+    if lam < 1:
+        assert L_RD == pytest.approx(rd.item(), rel=1e-5)
+    if lam > 0:
+        assert L_RLIF == pytest.approx(-A.mean().item(), abs=1e-5)
+    squares = sum(p.grad.square().sum() for p in model.parameters())
+    assert norm == pytest.approx(squares.sqrt().item(), rel=1e-4, abs=1e-7)
 
 
-# ------------------------------------------------------------------------------- several processes, faults
+def test_a_run_in_bfloat16_stays_near_float32(trainer_for):
+    lines = {}
+    for dtype in ("float32", "bfloat16"):
+        trainer = trainer_for("--dtype", dtype, "--group_size", 4, "--steps", 4, "--lr", 1e-3)
+        lines[dtype] = [trainer.step() for _ in range(4)]
+    assert trainer.sampler.lm_head.weight.dtype == trainer.judge.lm_head.weight.dtype
+    assert trainer.judge.lm_head.weight.dtype == torch.bfloat16
+    assert trainer.model.lm_head.weight.dtype == torch.float32
+    for a, b in zip(lines["float32"], lines["bfloat16"]):
+        assert b["loss_rd"] == pytest.approx(a["loss_rd"], rel=0.02)
+        assert b["self_certainty"] == pytest.approx(a["self_certainty"], rel=0.1)
+        assert b["anchor"] == pytest.approx(a["anchor"], abs=0.02)
+    assert lines["bfloat16"][-1]["loss_rd"] < 0.95 * lines["bfloat16"][0]["loss_rd"]
 
-# Does the runs of its first argument, [[class of trainer, command line], ...], one after the other in one set of
-# processes, and then what train.py does with an error.
+
+def repeated(folder) -> Path:
+    """Five questions for an evaluation, of which two are listed twice and one three times."""
+    records = [record for _, record in data.read_jsonl(folder / "eval.jsonl", 5)]
+    return write_lines(folder / "repeated.jsonl", *records, *records[:3], records[2])
+
+
+def test_an_evaluation_is_its_definition_whatever_the_batches(toy_run, trainer_for):
+    path = repeated(toy_run[0] / "out/toy")
+    trainer = trainer_for("--eval", path, "--max_eval", 0, "--eval_samples", 6)
+    result = trainer.evaluate()
+    rows = []
+    for prompt, _, gold in trainer.held_out:
+        seed = ("evaluation", 0)
+        group, _ = trainer.sample([prompt], 6, 1.0, seed)
+        (best,), _ = trainer.sample([prompt], 1, 0.0, seed)
+        answers = [trainer.text.answer(x.response) for x in group]
+        right = [bool(a) and data.answers_match(a, gold) for a in answers]
+        winner, share = data.majority(answers)
+        gain = sum(gain_by_definition(separate_passes(trainer.model, x)) for x in group) / 6
+        greedy = trainer.text.answer(best.response)
+        rows.append((sum(right) / 6, share, bool(winner) and data.answers_match(winner, gold), gain,
+                     bool(greedy) and data.answers_match(greedy, gold)))
+    accuracy, confidence, correct, gains, greedy = zip(*rows)
+    wrong = [c for c, right in zip(confidence, correct) if not right]
+    expected = dict(
+        n=9, accuracy=sum(accuracy) / 9, confidence=sum(confidence) / 9, prg=sum(gains) / 9,
+        majority_accuracy=sum(correct) / 9, greedy_accuracy=sum(greedy) / 9,
+        confidence_when_wrong=sum(wrong) / len(wrong) if wrong else None,
+        ece=expected_calibration_error(confidence, correct),
+        brier=brier_score(confidence, correct),
+        auroc=auroc(confidence, correct) if 0 < sum(correct) < 9 else None)
+    assert result == pytest.approx(expected, abs=1e-5)
+    for size in (1, 13):
+        trainer.args.rollouts_per_batch = size
+        assert trainer.evaluate() == pytest.approx(result)
+
+
+def test_random_numbers_are_never_used_twice(trainer_for):
+    """Neither by the evaluation and the training, at seed 0, nor by two steps."""
+    trainer = trainer_for("--queries_per_step", 1, "--rollouts_per_batch", 1000)
+    with patch.object(train, "generate", wraps=generate) as calls:
+        trainer.evaluate()
+        trainer.step()
+        trainer.step()
+    seeds = [call.kwargs["seed"] for call in calls.call_args_list if call.kwargs["temperature"]]
+    assert len(seeds) == 3
+    streams = [tuple(decoder.uniforms([[5]], 1, 9, seed)[0].tolist()) for seed in seeds]
+    assert len(set(streams)) == 3
+
+
+def test_an_epoch_is_a_shuffle_of_its_own_for_traces_and_queries(trainer_for):
+    """Of 31 items in 3 batches of 10, dealt out to 3 processes."""
+    trainer = trainer_for()
+    trainer.world_size = 3
+    orders = set()
+    for stream, epoch in (("traces", 0), ("queries", 0), ("traces", 1), ("queries", 1)):
+        order = []
+        for trainer.done in range(3 * epoch, 3 * epoch + 3):
+            for trainer.rank in range(3):
+                order += trainer.share_of_batch(31, 10, stream)
+        assert len(order) == len(set(order)) == 30, "nothing comes up twice in an epoch"
+        orders.add(tuple(order))
+    assert len(orders) == 4
+
+
+def test_a_run_in_a_thread_and_the_signals_after_one(toy_run, tmp_path):
+    argv = [*files_of(toy_run[0] / "out/toy"), *SHORT, "--out", tmp_path]
+    argv = [str(word) for word in argv]
+    thread = threading.Thread(target=train.main, args=(argv,))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "eval.json").is_file()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    train.main(argv)
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("out", ["a file/out", "/proc/out", "/proc"])
+def test_an_out_that_cannot_be_written_ends_before_the_first_evaluation(out, toy_run, tmp_path,
+                                                                        monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").touch()
+    argv = [*files_of(toy_run[0] / "out/toy"), *SHORT, "--out", out]
+    with patch.object(train.Trainer, "evaluate", side_effect=AssertionError("too late")):
+        with pytest.raises((OSError, train.UsageError)):
+            train.main([str(word) for word in argv])
+
+
+@pytest.mark.parametrize("arguments, named", [
+    ("--model m", "--labeled"), ("--unlabeled a.jsonl", "--model"), ("--tau 0", "--tau"),
+    ("--temperature 0", "--temperature"), ("--lr nan", "--lr"), ("--lr much", "--lr"),
+    ("--steps -1", "--steps"), ("--group_size 1", "--group_size"), ("--marker \n", "--marker"),
+    ("--lerning_rate 1", "--lerning_rate"), ("--method magic", "--method"), ("--step 1", "--step")])
+def test_a_bad_command_line_ends_with_a_sentence_that_names_it(arguments, named, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.parse_arguments(arguments.split(" "))
+    assert caught.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("more, named", [
+    (["--model", "nowhere"], "nowhere/config.json"), (["--labeled", "none.jsonl"], "none.jsonl"),
+    (["--labeled", "bad.jsonl"], "bad.jsonl line 1"), (["--max_new_tokens", 65], "--max_new"),
+    (["--out", "out", "--model", "out/model"], "another --out"), (["--model", "nan"], "finite")])
+def test_a_run_that_cannot_be_done_ends_with_one_line_and_status_2(more, named, toy_run, tmp_path):
+    shutil.copytree(toy_run[0] / "out/toy", tmp_path / "nan")
+    weights = load_file(tmp_path / "nan/model.safetensors")
+    broken = {name: math.nan * weight for name, weight in weights.items()}
+    save_file(broken, tmp_path / "nan/model.safetensors")
+    (tmp_path / "bad.jsonl").write_text("{")
+    done = run(tmp_path, train.__file__, *files_of(toy_run[0] / "out/toy"), *SHORT, *more)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and named in done.stderr
+
+
+# -----------------------------------------------------------------------------
+# several processes, faults
+
+# Does the runs of its first argument, [[class of trainer, command line], ...], one after the other
+# in one set of processes.
 DRIVER = """
-import hashlib, json, os, signal, sys, time
-import torch, train
+import hashlib, json, os, signal, sys
+import train
 
-class Hashed(train.Trainer):  # notes a hash of all weights after each step, in each process
+class Hashed(train.Trainer):
+    # Notes a hash of all weights after each step.
     def step(self):
         line = super().step()
-        with open(f"{self.settings.out}-{self.world.rank}.hashes", "a") as file:
-            weights = b"".join(p.detach().numpy().tobytes() for p in self.model.parameters())
+        weights = b"".join(p.detach().numpy().tobytes() for p in self.model.parameters())
+        with open(f"{self.args.out}-{self.rank}.hashes", "a") as file:
             print(hashlib.sha256(weights).hexdigest(), file=file)
         return line
 
-class Disarmed(Hashed):  # the classic mistake: the loss goes through .module, and DDP exchanges nothing
+class Disarmed(Hashed):
+    # The classic mistake: the loss goes round DDP, which then exchanges nothing.
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        inside, inside.no_sync = self.policy.module, self.policy.no_sync
-        self.policy = inside
+        self.policy = self.policy.module
 
-def at_step_3(fault, everywhere):
-    class Faulty(train.Trainer):
-        def step(self):
-            if self.done == 3 and (everywhere or self.world.rank):
-                fault()
-            return super().step()
-    return Faulty
+class Struck(Hashed):
+    # The last process is sent a signal as step 4 begins.
+    def step(self):
+        if self.done == 3 and self.rank == self.world_size - 1:
+            os.kill(os.getpid(), self.signal)
+        return super().step()
 
-def fail():
-    raise train.UsageError("what was asked for cannot be")
+class Killed(Struck):
+    signal = signal.SIGKILL
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+class Terminated(Struck):
+    signal = signal.SIGTERM
 
-class KilledWhileWriting(train.Trainer):
-    def save(self):
-        def put(path, write):
-            write(path.with_name(path.name + ".7.tmp"))
-            os.truncate(path.with_name(path.name + ".7.tmp"), 1000)
-            die()
-        train.put = put
-        super().save()
+world = []
+def set_up_once(args, set_up=train.set_up):
+    if not world:
+        world.append(set_up(args))
+    return world[0]
 
-Killed, RankKilled, RankFails = at_step_3(die, True), at_step_3(die, False), at_step_3(fail, False)
-RankFrozen = at_step_3(lambda: os.kill(os.getpid(), signal.SIGSTOP), False)
-
-def all_runs(_):
-    with train.World("cpu") as world:
-        for trainer, arguments in runs:
-            train.Trainer = globals()[trainer]
-            train.run(train.parse_arguments(arguments), world)
-
-runs, train.BEAT, train.train = json.loads(sys.argv.pop()), 0.5, all_runs
-train.main()
+train.set_up = set_up_once
+leave = train.dist.destroy_process_group
+train.dist.destroy_process_group = lambda: None
+for name, argv in json.loads(sys.argv[1]):
+    train.Trainer = globals()[name]
+    train.main(argv)
+if len(world) and world[0][1] > 1:
+    leave()
 """
+# Shares that are not even, and too few queries and traces for all.
+UNEVEN = ["--queries_per_step", 3, "--group_size", 4, "--traces_per_step", 5, "--steps", 5]
+IDLE = ["--queries_per_step", 1, "--group_size", 3, "--traces_per_step", 1, "--steps", 3,
+        "--max_eval", 2]
+RESUMED = [*UNEVEN, "--resume"]
 
 
-def drive(cwd, *runs, processes=1, status=0):
-    """The runs (trainer, out, arguments...) in one set of processes, which must end with this status (-1: not 0)."""
+def drive(cwd, processes, *runs):
+    """The runs (class of trainer, out, arguments) in one set of processes."""
     (cwd / "driver.py").write_text(DRIVER)
-    runs = [(trainer, ["--device", "cpu", "--out", out, *map(str, rest)]) for trainer, out, *rest in runs]
+    common = [*files_of(Path("out/toy")), "--eval", "out/toy/repeated.jsonl", *SMALL,
+              "--max_eval", 0, "--save_every", 2, "--lr", 2e-4, "--dtype", "float32"]
+    todo = []
+    for trainer, out, more in runs:
+        todo.append((trainer, [str(word) for word in [*common, "--out", f"out/{out}", *more]]))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([sys.executable, *torchrun * (processes > 1), "driver.py", json.dumps(runs)], cwd=cwd,
-                          env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == status or status == -1 and done.returncode, done.stderr
-    return done
-
-
-def batches(queries, group, traces):
-    return [*SMALL, "--dtype", "float32", "--queries_per_step", queries, "--group_size", group,
-            "--traces_per_step", traces]
-
-
-# Two updates a batch with clipping and KL, since on policy the RLIF loss is 0 and could not differ.
-UNEVEN = [*batches(3, 4, 5), "--updates_per_batch", 2, "--clip", 0.2, "--kl", 0.1, "--save_every", 2, "--steps", 5]
-IDLE = [*batches(1, 3, 1), "--steps", 3]
+    if processes == 1:
+        torchrun = []
+    return run(cwd, *torchrun, "driver.py", json.dumps(todo))
 
 
 @pytest.fixture(scope="module")
 def worlds(toy_run):
-    """The same runs by 2, 4 and 1 processes: uneven shares, nothing to do for some, and the moments in shares, of
-    which 4 processes and 1 resume from a checkpoint that 2 have written."""
+    """The same runs by 1, 2 and 3 processes, also cut short and gone on with: (folder, stderr)."""
     cwd = toy_run[0]
+    repeated(cwd / "out/toy")
+    said = {}
+    for n in (1, 2, 3):
+        runs = [("Hashed", f"uneven-{n}", UNEVEN), ("Hashed", f"idle-{n}", IDLE)]
+        if n < 3:
+            killed = drive(cwd, n, ("Killed", f"killed-{n}", UNEVEN))
+            assert killed.returncode != 0 and not (cwd / f"out/killed-{n}/eval.json").exists()
+            said[n] = killed.stderr
+            runs += [("Hashed", f"killed-{n}", RESUMED), ("Terminated", f"stopped-{n}", UNEVEN),
+                     ("Hashed", f"stopped-{n}", RESUMED)]
+        if n == 2:
+            runs += [("Disarmed", "disarmed-2", UNEVEN), ("Hashed", "zero-2", [*UNEVEN, "--zero"]),
+                     ("Hashed", "shards-3", [*UNEVEN, "--zero", "--steps", 3])]
+        if n == 3:
+            runs += [("Hashed", "shards-3", [*RESUMED, "--zero"])]
+        done = drive(cwd, n, *runs)
+        assert done.returncode == 0, done.stderr
+        said[-n] = done.stdout
+    return cwd / "out", said
 
-    def copied(out):
-        (cwd / out).mkdir()
-        shutil.copy(cwd / "out/zero-2/checkpoint-000004.pt", cwd / out)
-        return out
 
-    def of(processes):
-        return [("Hashed", f"out/uneven-{processes}", *UNEVEN), ("Hashed", f"out/idle-{processes}", *IDLE)]
-    drive(cwd, *of(2), ("Hashed", "out/zero-2", "--zero", *UNEVEN), ("Disarmed", "out/disarmed-2", *UNEVEN),
-          processes=2)
-    drive(cwd, *of(4), ("Hashed", copied("out/zero-4"), "--zero", "--resume", *UNEVEN), processes=4)
-    drive(cwd, *of(1), ("Hashed", copied("out/zero-1"), "--zero", "--resume", *UNEVEN))
-    return cwd
+def hashes(out, name, processes) -> list[list[str]]:
+    return [(out / f"{name}-{rank}.hashes").read_text().split() for rank in range(processes)]
 
 
-def hashes(cwd, out, processes) -> list[list[str]]:
-    return [(cwd / f"{out}-{rank}.hashes").read_text().split() for rank in range(processes)]
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("name", ["uneven", "idle"])
-def test_any_number_of_processes_makes_the_updates_of_one(worlds, name, processes):
-    lines, weights = outcome(worlds, f"out/{name}-1")
-    theirs, their_weights = outcome(worlds, f"out/{name}-{processes}")
+@pytest.mark.parametrize("name", ["uneven-2", "uneven-3", "idle-2", "idle-3", "zero-2", "shards-3"])
+def test_any_number_of_processes_makes_the_run_of_one(name, worlds):
+    """To rounding, and with --zero too, where 3 processes go on from a checkpoint of 2."""
+    one = worlds[0] / ("idle-1" if "idle" in name else "uneven-1")
+    lines, weights = outcome(one)
+    theirs, their_weights = outcome(worlds[0] / name)
     for a, b in zip(lines, theirs, strict=True):
-        for key in ("loss", "loss_rd", "loss_rlif", "lambda", "anchor", "prg_rollouts", "answered", "undecided"):
-            close(a[key], b[key], 1e-5)
-        close(a["grad_norm"], b["grad_norm"], 1e-4)
-    assert name == "idle" or abs(lines[-1]["loss_rlif"]) > 1e-6
+        for key in a:
+            if "second" not in key:
+                assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), key
     for tensor in weights:
-        close(weights[tensor], their_weights[tensor], 1e-5)
+        close(their_weights[tensor], weights[tensor], 1e-5)
+    expected = json.loads((one / "eval.json").read_text())
+    found = json.loads((worlds[0] / name / "eval.json").read_text())
+    assert expected["final"]["n"] == (2 if "idle" in name else 9)
+    for when in ("base", "final"):
+        assert found[when] == pytest.approx(expected[when], abs=1e-5)
 
 
-@pytest.mark.parametrize("out, steps", [("out/uneven-2", 5), ("out/uneven-4", 5), ("out/idle-2", 3), ("out/idle-4", 3),
-                                        ("out/zero-2", 5)])
-def test_all_processes_hold_the_same_weights_after_every_step(worlds, out, steps):
-    first, *others = hashes(worlds, out, int(out[-1]))
+@pytest.mark.parametrize("name, steps", [("uneven-2", 5), ("uneven-3", 5), ("idle-2", 3),
+                                         ("idle-3", 3), ("zero-2", 5)])
+def test_all_processes_hold_the_same_weights_after_every_step(name, steps, worlds):
+    first, *others = hashes(worlds[0], name, int(name[-1]))
     assert len(set(first)) == steps, "a step changes the weights"
     assert all(other == first for other in others)
 
 
 def test_a_loss_that_goes_round_ddp_is_seen(worlds):
     """What the test above would say if DDP were not armed."""
-    first, second = hashes(worlds, "out/disarmed-2", 2)
+    first, second = hashes(worlds[0], "disarmed-2", 2)
     assert len(first) == 5 and not set(first) & set(second)
 
 
-def test_moments_in_shares_change_nothing_and_any_number_of_processes_resumes(worlds):
-    weights = outcome(worlds, "out/uneven-2")[1]
-    for out, tolerance in (("out/zero-2", 1e-6), ("out/zero-4", 1e-5), ("out/zero-1", 1e-5)):
-        lines, found = outcome(worlds, out)
-        assert lines[-1]["step"] == 5
-        for tensor in weights:
-            close(found[tensor], weights[tensor], tolerance)
-    kept = [torch.load(worlds / f"out/{name}-2/checkpoint-000005.pt", weights_only=True)
-            for name in ("uneven", "zero")]
-    close(*(state["optimizer"]["state"][0]["exp_avg"] for state in kept))
-
-
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(worlds, processes):
-    """Killed between checkpoints, killed while it writes one, its newest one damaged: bit for bit the same weights."""
-    out, expected = f"out/killed-{processes}", outcome(worlds, f"out/uneven-{processes}")
-    folder, how = worlds / out, dict(processes=processes)
-    drive(worlds, ("Killed", out, *UNEVEN), status=-1, **how)
-    assert [path.name for path in folder.glob("checkpoint*")] == ["checkpoint-000002.pt"]
-    if processes == 1:
-        drive(worlds, ("KilledWhileWriting", out, "--resume", *UNEVEN), status=-1)
-        assert sorted(path.name for path in folder.glob("checkpoint*")) == [
-            "checkpoint-000002.pt", "checkpoint-000004.pt.7.tmp"]
-        (folder / "checkpoint-000004.pt").write_bytes((folder / "checkpoint-000004.pt.7.tmp").read_bytes())
-    done = drive(worlds, ("Hashed", out, "--resume", *UNEVEN), **how)
-    assert "resuming after step 2" in done.stdout
-    assert ("checkpoint-000004.pt cannot be read" in done.stdout) == (processes == 1)
-    assert not list(folder.glob("*.tmp")), "half files are removed"
-    lines, weights = outcome(worlds, out)
-    assert all(torch.equal(weights[name], expected[1][name]) for name in weights)
-    assert [line["loss"] for line in lines] == [line["loss"] for line in expected[0]]
+@pytest.mark.parametrize("name", ["killed", "stopped"])
+def test_a_run_that_was_cut_short_goes_on_bit_for_bit(name, processes, worlds):
+    """SIGKILL loses the steps since the last checkpoint; after SIGTERM step 4 ends and is saved."""
+    out, said = worlds
+    lines, weights = outcome(out / f"uneven-{processes}")
+    found, found_weights = outcome(out / f"{name}-{processes}")
+    assert all(torch.equal(weights[tensor], found_weights[tensor]) for tensor in weights)
+    for a, b in zip(lines, found, strict=True):
+        assert all(a[key] == b[key] for key in a if "second" not in key)
+    evaluations = [out / f"{run}-{processes}/eval.json" for run in ("uneven", name)]
+    assert evaluations[0].read_text() == evaluations[1].read_text()
+    step = 2 if name == "killed" else 4
+    assert f"resuming after step {step}" in said[-processes]
+    assert "stopped after step 4" in said[-processes]
+    done = hashes(out, f"{name}-{processes}", 1)[0]
+    assert len(done) == (6 if name == "killed" else 5), "no step is done twice but the one lost"
 
 
-def test_nothing_to_resume_from_that_can_be_read(worlds):
-    (worlds / "out/damaged").mkdir()
-    (worlds / "out/damaged/checkpoint-000004.pt").write_bytes(b"PK")
-    done = drive(worlds, ("Hashed", "out/damaged", "--resume", *UNEVEN), status=2)
-    assert "checkpoint-000004.pt cannot be read" in done.stderr.splitlines()[-1]
+def test_torchrun_names_the_process_that_died(worlds):
+    report = worlds[1][2]
+    assert re.search(r"rank\s*: 1 ", report) and "exitcode  : -9" in report
 
 
-def test_the_newest_checkpoint_is_that_of_the_most_steps(tmp_path):
-    for step in (999980, 1000000):
-        (tmp_path / f"checkpoint-{step:06d}.pt").touch()
-    assert train.checkpoints(train.Settings(out=str(tmp_path)))[-1].name == "checkpoint-1000000.pt"
+@pytest.mark.parametrize("more, named", [
+    (["--lr", 1], "--lr"), (["--group_size", 3], "--group_size"), (["--seed", 1], "--seed")])
+def test_a_run_resumed_with_other_settings_is_refused_by_name(more, named, worlds, monkeypatch):
+    monkeypatch.chdir(worlds[0].parent)
+    argv = [*files_of(Path("out/toy")), "--eval", "out/toy/repeated.jsonl", *SMALL, "--max_eval", 0,
+            "--lr", 2e-4, "--dtype", "float32", "--out", "out/uneven-1", *RESUMED, *more]
+    with pytest.raises(train.UsageError, match=named):
+        train.main([str(word) for word in argv])
 
 
-@pytest.mark.parametrize("trainer, status, named", [
-    ("RankFrozen", None, "rank 1 on "), ("RankKilled", -9, "rank 1 on "),
-    ("RankFails", 2, "rank 1 has ended with UsageError: what was asked for cannot be"),
-    ("Hashed", 2, "rank 1 has ended with UsageError: ")])
-def test_a_process_that_dies_or_fails_ends_the_others_by_name(worlds, tmp_path, trainer, status, named):
-    """Two processes as on two machines, with nobody to look after both: the second is frozen (as if its machine were
-    unplugged: nothing tells the first), killed, ends with an error, or has no checkpoint on its own disk."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shutil.copytree(worlds / "out/toy", tmp_path / "out/toy")
-    out, processes = "out/zero-2" if trainer == "Hashed" else "out/faulty", []
-    arguments = ["--device", "cpu", "--out", out, *map(str, UNEVEN), *["--resume"] * (trainer == "Hashed")]
-    for rank, cwd in enumerate((worlds, tmp_path)):
-        environment = dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        processes.append(subprocess.Popen(
-            [sys.executable, worlds / "driver.py", json.dumps([(trainer, arguments)])], cwd=cwd, text=True,
-            env={**ENVIRONMENT, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    try:
-        first = processes[0].communicate(timeout=300)[1]
-        assert processes[0].returncode == 1
-        assert "error (rank 0): ending, since " + named in first.splitlines()[-1]
-        if status is not None:
-            second = processes[1].communicate(timeout=300)[1]
-            assert processes[1].returncode == status
-            assert status < 0 or second.splitlines()[-1].startswith("error (rank 1): ")
-    finally:
-        for process in processes:
-            process.kill()
+# -----------------------------------------------------------------------------
+# README
 
-
-def test_what_goes_wrong_is_said_once():
-    said = []
-    world = type("World", (), {"say": said.append})
-    warnings, fine = train.Warnings(world), {"step": 1, "answered": 0.5, "entropy": 1.0, "response_length": 9.0}
-    for line in [fine] * 20 + [{**fine, "entropy": 0.0}] * 9 + [fine, dict.fromkeys(fine)] * 9:
-        warnings.about(line)
-    assert not said, "a floor for a short time, no rollouts at all: no reason to speak"
-    floor, short, unanswered = ({**fine, name: 0.0} for name in ("entropy", "response_length", "answered"))
-    for line in [floor] * 30 + [fine] + [short] * 30 + [unanswered] * 3:
-        warnings.about(line)
-    assert len(said) == 2 and "--lr" in said[0] and "--max_new_tokens" in said[1]
-
-
-RD = ["--model", "out/toy", "--method", "rd", *map(str, SHORT)]
-
-
-@pytest.mark.parametrize("arguments, named", [
-    (["--model", "nowhere", "--method", "rd", "--labeled", "out/toy/labeled.jsonl"], "nowhere"),
-    ([*RD, "--labeled", "nowhere.jsonl"], "nowhere.jsonl"), ([*RD, "--labeled", "bad.jsonl"], "bad.jsonl line 1"),
-    (["--model", "out/toy"], "--labeled"), (["--tau", "0"], "--tau"), (["--group_size", "1"], "--group_size"),
-    (["--unlabeled", "bad.jsonl"], "--model"), (["--temperature", "0"], "--temperature"),
-    ([*RD, "--labeled", "out/toy/labeled.jsonl", "--model", "out/run/model", "--out", "out/run"], "another --out"),
-    (["--lerning_rate", "1"], "--help"), (["--lr", "much"], "--lr"),
-    pytest.param(["--tensorboard", "logs"], "pip install tensorboard",
-                 marks=pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is installed"))])
-def test_a_bad_command_line_ends_with_one_line(toy_run, arguments, named):
-    write_lines(toy_run[0] / "bad.jsonl", "{")
-    done = run(toy_run[0], "--out", "out/bad", *arguments)
-    assert done.returncode == 2
-    error, = done.stderr.splitlines()
-    assert error.startswith("error:") and named in error
-
-
-# ---------------------------------------------------------------------------------------------- README
-
-README = Path(__file__).with_name("README.md").read_text()
-
-
-@pytest.mark.parametrize("name", ["prg.py", "hytuning.py", "data.py", "model.py"])
-def test_a_piece_works_alone(name, toy_run, tmp_path):
-    """The README's example, as printed, in a folder with that one file and a checkpoint."""
-    example = README.split(f"```python\n# {name}\n")[1].split("```")[0]
-    if "transformers" in example:
-        transformers()
-    shutil.copytree(toy_run[0] / "out/run/model", tmp_path / "checkpoint")
-    shutil.copy(Path(__file__).with_name(name), tmp_path)
-    done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.')\n{example}"], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stdout, done.stderr
-
-
-def test_a_reward_of_your_own(toy_run):
-    """The README's example, with a shorter run."""
-    example = re.search(r"```python\n(from train import .*?)```", README, re.S)[1]
-    shorter = [*SHORT, "--out", "out/own"]
-    prelude = ("import train\nparse = train.parse_arguments\n"
-               f"train.parse_arguments = lambda words: parse([*words, *{list(map(str, shorter))}])\n")
-    done = subprocess.run([sys.executable, "-c", prelude + example], cwd=toy_run[0], env=ENVIRONMENT,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and outcome(toy_run[0], "out/own"), done.stderr
-
-
-# In place of python and torchrun: the words as printed and, behind them, what makes a run short; two processes for
-# eight GPUs, one machine for two.
+README = (HERE / "README.md").read_text()
+PYTHON = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README, re.S)
+# Neither these tests nor loops of whole runs.
+BASH = [block for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+        if "train.py" in block and "pytest" not in block and "for " not in block]
+# Stands for python and torchrun: the words as printed and, behind them, what makes a run short; two
+# processes for eight GPUs, one machine for two.
 STAND_IN = """
 import os, sys
 name, *words = sys.argv[1:]
 for printed, here in ("_node=8", "_node=2"), ("--nnodes=2", "--nnodes=1"), ("HOST", "localhost"):
     words = [word.replace(printed, here) for word in words]
-module = ["-m", "torch.distributed.run"] * (name == "torchrun")
+module = ["-m", "torch.distributed.run"] if name == "torchrun" else []
 os.execv(sys.executable, [sys.executable, *module, *words, *SHORT])
 """
-COMMANDS = [block for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-            if "pytest" not in block and "--study" not in block]  # this is pytest; the study has its own test
 
 
-@pytest.mark.parametrize("block", COMMANDS, ids=lambda block: " ".join(block.split())[:60])
-def test_a_command_of_the_readme(block, toy_run, tmp_path):
-    """As printed, in a folder with the project, a model and data of the names that it gives them."""
-    for name in ("README.md", "requirements.txt", "train.py", "hytuning.py", "model.py", "prg.py", "data.py"):
-        shutil.copy(Path(__file__).with_name(name), tmp_path)
+@pytest.mark.parametrize("name, example", PYTHON, ids=[name for name, _ in PYTHON])
+def test_a_piece_of_the_readme_works_alone(name, example, toy_run, tmp_path):
+    """The example, as printed, in a folder with that one file and a checkpoint."""
+    if "transformers" in example:
+        transformers()
+    shutil.copytree(toy_run[0] / "out/run/model", tmp_path / "checkpoint")
+    shutil.copy(HERE / name, tmp_path)
+    done = run(tmp_path, "-I", "-c", f"import sys\nsys.path.insert(0, '.')\n{example}")
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("block", BASH, ids=[" ".join(block.split())[:60] for block in BASH])
+def test_a_command_of_the_readme_works(block, toy_run, tmp_path):
+    """As printed, in a folder with the project, and with models and data of the names it gives."""
+    for path in [*HERE.glob("*.py"), HERE / "requirements.txt"]:
+        shutil.copy(path, tmp_path)
     toy = toy_run[0] / "out/toy"
-    for folder in ("out/toy", "FOLDER", "Qwen2.5-1.5B-Instruct"):
-        shutil.copytree(toy, tmp_path / folder)
-    solved = [json.dumps({"question": r["prompt"], "answer": f"{r['reasoning']}\n#### {r['answer']}"})
-              for _, r in data.read_jsonl(toy / "labeled.jsonl")]
-    for name in ("a", "b", "c", "gsm8k_train", "gsm8k_test"):
-        write_lines(tmp_path / f"{name}.jsonl", *solved)
-    (tmp_path / "stand_in.py").write_text(f"SHORT = {list(map(str, SHORT))}\n{STAND_IN}")
+    for folder in ["out/toy", *re.findall(r"--model (\S+)", block)]:
+        shutil.copytree(toy, tmp_path / folder, dirs_exist_ok=True)
+    for name in re.findall(r"--(?:labeled|unlabeled|eval) (\S+\.jsonl)", block):
+        shutil.copy(toy / "labeled.jsonl", tmp_path / name)
+    (tmp_path / "stand_in.py").write_text(f"SHORT = {[str(word) for word in SHORT]}\n{STAND_IN}")
     (tmp_path / "bin").mkdir()
-    stand_in = f"exec {shlex.quote(sys.executable)} stand_in.py"
-    for name, script in (("python", f'{stand_in} python "$@"'), ("torchrun", f'{stand_in} torchrun "$@"'),
-                         ("pip", "test -s requirements.txt")):
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+    for name in ("python", "torchrun", "pip"):
+        script = "#!/bin/sh\n"
+        if name != "pip":
+            script += f'exec "{sys.executable}" stand_in.py {name} "$@"\n'
+        (tmp_path / "bin" / name).write_text(script)
         (tmp_path / "bin" / name).chmod(0o755)
     environment = {**ENVIRONMENT, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-ec", block], cwd=tmp_path, env=environment, capture_output=True, text=True,
-                          timeout=600)
+    done = subprocess.run(["bash", "-ec", block], cwd=tmp_path, env=environment, text=True,
+                          capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    out = "out/qwen" if "out/qwen" in block else "out/run"
-    assert len(outcome(tmp_path, out)[0]) == 1 and (tmp_path / out / "eval.json").is_file()
+    assert list(tmp_path.glob("out/**/eval*.json"))
 
 
-def test_the_options_that_the_readme_names_exist():
-    commands = re.findall(r"train\.py((?: +(?:\\\n)?[^\s`#&]+)*)", README)
-    assert sum("--model" in c for c in commands) >= 2
-    for command in commands:
-        words = re.sub(r"\\|\$DATA", "", command).split()
-        if "--help" not in words:
-            train.parse_arguments(words)
-
-
-def test_the_study_is_what_its_runs_say(toy_run, tmp_path, monkeypatch, capsys):
-    """Two seeds of one step: each number of the table, from the eval.json of the runs."""
-    write = data.Triage.write
-    monkeypatch.setattr(data.Triage, "write", lambda *where, **sizes: write(*where, queries=40, held_out=6, **sizes))
-    monkeypatch.setattr(train, "STUDY", {method: (1e-3, 1) for method in train.STUDY})
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(toy_run[0] / "out/toy", tmp_path / "out/toy")
-    train.study(seeds=range(2))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()
-            if line.startswith("|")]
-    columns = [name.replace(" ", "_") for name in rows[0][1:]]
-    assert "accuracy" in columns and "brier" in columns
-
-    def result(name, seed):
-        runs = json.loads((tmp_path / f"out/study/{name.replace('base', 'rd')}-{seed}/eval.json").read_text())
-        return {k: math.nan if v is None else v for k, v in runs["base" if name == "base" else "final"].items()}
-    found = {name: [result(name, seed) for seed in range(2)] for name in ("base", *train.STUDY)}
-    for name, *cells in rows[2:]:
-        method, _, other = name.partition(" − ")
-        for column, cell in zip(columns, cells, strict=True):
-            a, b = (x[column] - (y[column] if other else 0) for x, y in zip(found[method], found[other or "rd"]))
-            half = abs(a - b) / 2  # the standard error of a mean of two
-            assert cell == f"{(a + b) / 2:{'+' * bool(other)}.3f} ± {half * (train.T_95 if other else 1):.3f}"
-    assert [row[0] for row in rows[2:]] == [*found, *(f"{m} − rd" for m in train.STUDY if m != "rd")]
+def test_the_readme_shows_how():
+    assert {name for name, _ in PYTHON} == {"prg.py", "hytuning.py", "data.py", "model.py"}
+    assert len(BASH) >= 3

@@ -1,12 +1,18 @@
-"""Train with HyTuning: settings, the loop, evaluation, checkpoints. Read it from the top, or start at `train`.
+"""Train with HyTuning. Read it from the top, or start at `Trainer.step`.
 
-    python train.py                                                            # the toy task, 75 seconds
+    python train.py                                     # the toy task, about a minute
     python train.py --model FOLDER --labeled a.jsonl --unlabeled b.jsonl --eval c.jsonl
-    torchrun --nproc_per_node=8 train.py --model ...                           # the same on eight GPUs
+    torchrun --nproc_per_node=8 train.py --model ...    # the same on eight GPUs
 
-Before training the supervised traces are judged: the anchor, and what each counts. A step: sample a group of
-rollouts for each query; judge them with the starting model (PRG) and score them with the policy (self-certainty);
-turn that into weights, advantages and lambda; one update on the mixed loss.
+Before training the starting model judges the supervised traces: their mean PRG is the anchor a, and
+each one's PRG decides how much it counts (v). Then, in every step:
+
+    1. sample a group of G rollouts for each unlabeled query
+    2. judge: how far did the reasoning earn the answer? (frozen starting model -> PRG -> w)
+    3. certainty: what the sampler saw (c)
+    4. pool by answer: rewards r, earned shares e
+    5. advantages A and the mix lambda
+    6. one update on (1 - lambda) L_RD + lambda L_RLIF
 
 SPDX-License-Identifier: MIT
 """
@@ -18,15 +24,10 @@ import math
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -39,936 +40,719 @@ from tqdm import tqdm
 import data
 import hytuning
 import prg
-from model import CheckpointError, Config, Decoder, generate, load_pretrained, put, save_pretrained
-
-
-# -------------------------------------------------------------------------------------------- settings
-
-def option(default, help, toy=None, **more):
-    return field(default=default, metadata={"help": help, "toy": toy, **more})
-
-
-@dataclass
-class Settings:
-    model: str = option("", "folder of a Hugging Face checkpoint; none: the toy task", group="model and data")
-    labeled: str = option("", 'JSONL of supervised traces: {"prompt", "reasoning", "answer"}, or GSM8K')
-    unlabeled: str = option("", 'JSONL of queries: {"prompt"}; answers are not read')
-    eval: str = option("", 'JSONL of held-out queries: {"prompt", "answer"}')
-    max_labeled: int = option(0, "use the first so many supervised traces; 0: all")
-    max_unlabeled: int = option(0, "use the first so many queries; 0: all")
-    max_eval: int = option(0, "use the first so many held-out queries; 0: all")
-    max_prompt_tokens: int = option(512, "longer prompts are skipped, in tokens", toy=64)
-    max_new_tokens: int = option(512, "longest response, in tokens", toy=48)
-    marker: str = option(data.MARKER, "what introduces the answer")
-    max_steps: int = option(16, "reasoning steps of a trace; more are merged evenly")
-
-    method: str = option("hytuning", "what is trained", choices=("hytuning", "rd", "rlif", "static"), group="method")
-    queries_per_step: int = option(16, "unlabeled queries of a step, over all processes")
-    group_size: int = option(8, "rollouts of a query")
-    traces_per_step: int = option(16, "supervised traces of a step, over all processes")
-    tau: float = option(0.5, "softness of the gate on PRG / anchor")
-    temperature: float = option(1.0, "of sampling, in training and evaluation; the loss is always that of 1")
-    reward: str = option("self_certainty", "of a rollout", choices=("self_certainty", "negative_entropy"))
-    kl: float = option(0.0, "weight of the KL divergence from the starting model")
-    clip: float = option(0.0, "PPO's clipping range; 0: none")
-
-    steps: int = option(100, "training steps", toy=80, group="optimisation")
-    lr: float = option(2e-6, "learning rate of AdamW", toy=2e-4)
-    max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
-    updates_per_batch: int = option(1, "updates on the rollouts of a step; more want --clip")
-    seed: int = option(0, "of everything random")
-
-    out: str = option("out/run", "folder for metrics.jsonl, eval.json, model/ and checkpoints", group="run")
-    study: bool = option(False, "compare all methods on the toy task: the first table of the README's results")
-    resume: bool = option(False, "go on from the last checkpoint in --out")
-    eval_only: bool = option(False, "evaluate --model and stop")
-    eval_samples: int = option(8, "samples of a held-out query")
-    save_every: int = option(20, "steps between checkpoints")
-    show: int = option(3, "held-out queries to print at the end")
-    tensorboard: str = option("", "folder for the metrics in TensorBoard's format as well")
-    device: str = option("", "cpu, cuda, cuda:1 ...; none: a GPU if there is one")
-    dtype: str = option("", "of the forward pass; none: bfloat16 if on a GPU", choices=("float32", "bfloat16"))
-    tokens_per_batch: int = option(16384, "tokens of one forward pass, padding included", toy=4096)
-    rollouts_per_batch: int = option(512, "rollouts sampled at a time, in each process")
-    checkpoint_activations: bool = option(False, "recompute activations: less memory, a third more time")
-    zero: bool = option(False, "share Adam's moments out among the processes: less memory in each, the same weights")
-
-
-TOY = {f.name: f.metadata["toy"] for f in fields(Settings) if f.metadata["toy"]}  # defaults where there is no --model
+from model import (CheckpointError, Config, Decoder, atomic_write, generate, load_pretrained,
+                   save_pretrained)
 
 
 class UsageError(ValueError):
-    """Settings that do not fit together. The message is one sentence that says what to do."""
+    """A run that cannot be done as asked. The message is one sentence that says what to do."""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse's own prints several lines
-        raise UsageError(f"{message}: python train.py --help lists all options")
+# -----------------------------------------------------------------------------
+# arguments
+
+# What may change between a run and its resumption.
+MAY_CHANGE = ("steps", "out", "resume", "save_every", "show", "device", "tokens_per_batch",
+              "rollouts_per_batch", "checkpoint_activations", "zero")
+
+# Defaults where there is no --model.
+TOY = dict(max_prompt_tokens=64, max_new_tokens=48, steps=80, lr=2e-4, tokens_per_batch=4096)
 
 
-def parse_arguments(argv=None) -> Settings:
-    parser = Parser(
-        description="Train with HyTuning. Without arguments: the toy task. README.md explains.", allow_abbrev=False,
-        usage="python train.py [options]", formatter_class=lambda prog: argparse.HelpFormatter(prog, 4, 30))
-    group, kinds = None, {int: "N", float: "X", str: "TEXT"}
-    for f in fields(Settings):
-        group = parser.add_argument_group(f.metadata["group"]) if "group" in f.metadata else group
-        toy = f" ({f.default}; toy {f.metadata['toy']})" if f.metadata["toy"] else f" ({f.default})"
-        if f.type is bool:
-            group.add_argument(f"--{f.name}", action="store_true", help=f.metadata["help"])
-        else:
-            choices = f.metadata.get("choices")
-            what = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
-            group.add_argument(f"--{f.name}", type=f.type, choices=choices, metavar=kinds[f.type],
-                               help=what + (toy if f.default != "" else ""))
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    settings = Settings(**{**({} if given.get("model") else TOY), **given})
-    for name in ("queries_per_step", "group_size", "traces_per_step", "max_prompt_tokens", "max_new_tokens", "tau",
-                 "lr", "max_steps", "eval_samples", "save_every", "updates_per_batch", "tokens_per_batch",
-                 "rollouts_per_batch", "max_grad_norm", "temperature"):
-        if not 0 < getattr(settings, name) < math.inf:
-            raise UsageError(f"--{name} is {getattr(settings, name)}: give a number above 0")
-    for name in ("seed", "steps", "kl", "clip", "show", "max_labeled", "max_unlabeled", "max_eval"):
-        if not 0 <= getattr(settings, name) < math.inf:
-            raise UsageError(f"--{name} is {getattr(settings, name)}: give a number that is not negative")
-    if settings.tensorboard and not find_spec("tensorboard"):
-        raise UsageError("--tensorboard needs a package that is not installed: pip install tensorboard")
-    if settings.group_size == 1 and settings.method != "rd":
-        raise UsageError("--group_size is 1: a rollout is compared with others of its query, so give at least 2")
-    if not settings.marker.strip() or "\n" in settings.marker:
-        raise UsageError("--marker is blank or longer than a line: give a word or two, such as 'Answer:'")
-    return settings
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        usage="python train.py [options]", allow_abbrev=False,
+        description="Train with HyTuning. Without arguments: the toy task. README.md explains.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", help="folder of a Hugging Face checkpoint; none: the toy task")
+    add("--labeled", help='JSONL of supervised traces: {"prompt", "reasoning", "answer"}, or GSM8K')
+    add("--unlabeled", help='JSONL of queries: {"prompt"}; answers are not read')
+    add("--eval", help='JSONL of held-out queries: {"prompt", "answer"}')
+    add("--max_labeled", type=int, default=0, help="maximum number of supervised traces; 0: all")
+    add("--max_unlabeled", type=int, default=0, help="maximum number of queries; 0: all")
+    add("--max_eval", type=int, default=0, help="maximum number of held-out queries; 0: all")
+    add("--max_prompt_tokens", type=int, default=512, help="longer prompts are skipped")
+    add("--max_new_tokens", type=int, default=512, help="longest response")
+    add("--marker", default=data.MARKER, help="what introduces the answer")
+    add("--max_steps", type=int, default=16, help="steps of a trace; more are merged evenly")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--method", choices=("hytuning", "rd", "rlif", "static"), default="hytuning")
+    add("--queries_per_step", type=int, default=16, help="Q, over all processes")
+    add("--group_size", type=int, default=8, help="G, rollouts of a query")
+    add("--traces_per_step", type=int, default=16, help="over all processes")
+    add("--tau", type=float, default=0.5, help="softness of the gate on PRG")
+    add("--temperature", type=float, default=1.0,
+        help="of sampling; log-probabilities are always those of temperature 1")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--steps", type=int, default=100, help="training steps")
+    add("--lr", type=float, default=2e-6, help="learning rate of AdamW")
+    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    add("--seed", type=int, default=0, help="random seed")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", default="out/run", help="folder for metrics, evaluation, model and checkpoint")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--eval_only", action="store_true", help="evaluate --model and stop")
+    add("--eval_samples", type=int, default=8, help="samples of a held-out query")
+    add("--save_every", type=int, default=20, help="steps between checkpoints")
+    add("--show", type=int, default=3, help="held-out queries to print at the end")
+    add("--device", help="cpu, cuda or cuda:N; none: a GPU if there is one")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of the forward pass; none: bfloat16 on a GPU, float32 on a CPU")
+    add("--tokens_per_batch", type=int, default=16384, help="tokens of a pass, padding included")
+    add("--rollouts_per_batch", type=int, default=512, help="sampled at a time, in each process")
+    add("--checkpoint_activations", action="store_true",
+        help="recompute activations: less memory, a third more time")
+    add("--zero", action="store_true", help="shard optimizer state over the processes (ZeRO-1)")
+
+    if not parser.parse_args(argv).model:
+        parser.set_defaults(**TOY)
+    args = parser.parse_args(argv)
+    check_arguments(args, parser)
+    return args
 
 
-# ------------------------------------------------------------------------------------------- processes
+def check_arguments(args, parser):
+    may_be_0 = ("max_labeled", "max_unlabeled", "max_eval", "steps", "seed", "show")
+    for name, value in vars(args).items():
+        number = type(value) in (int, float)
+        if number and not (0 < value < math.inf or value == 0 and name in may_be_0):
+            parser.error(f"--{name} cannot be {value}: give a larger number")
+    if args.group_size == 1 and args.method != "rd":
+        parser.error("--group_size is 1: a rollout is compared with others of its group")
+    if not args.marker.strip() or "\n" in args.marker:
+        parser.error("--marker is blank or longer than a line: give a word, such as 'Answer:'")
+    if (args.device or "cpu").startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: there is no GPU that PyTorch can use")
 
-BEAT, SILENCE = 4, 8  # seconds between signs of life of a process; how many of them may be missing
+    files = {"labeled": args.labeled, "unlabeled": args.unlabeled, "eval": args.eval}
+    needed = {"rd": ["labeled"], "rlif": ["unlabeled"]}.get(args.method, ["labeled", "unlabeled"])
+    for name in ["eval"] if args.eval_only else needed:
+        if args.model and not files[name]:
+            parser.error(f"--{name} is missing: give a JSONL file")
+    if not args.model and any(files.values()):
+        parser.error("the toy knows only its own words: data of yours needs a --model")
 
 
-class World:
-    """The processes of a run: one, or as many as torchrun started (NCCL on GPUs, gloo on CPU).
+# -----------------------------------------------------------------------------
+# processes
 
-    As a context it ends well or not at all: when a process dies, or leaves with an error, the others end too, with
-    a sentence that names it. A collective would not do: it may never return, or fail without a name.
+def set_up(args) -> tuple[int, int, torch.device]:
+    """(rank, number of processes, device) of this process, alone or one that torchrun started.
+
+    torchrun watches its processes: it ends all when one dies, and says which. Should one hang, the
+    others end after the timeout.
     """
-
-    def __init__(self, device: str):
-        if os.environ.get("WORLD_SIZE", "1") != "1" and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-            raise UsageError("WORLD_SIZE is set, but not all else that torchrun sets: start with torchrun, or unset it")
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.signals = []  # SIGINT and SIGTERM that have come: finish the step, save, leave
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        try:
-            self.device = torch.device(device)
-            if self.device.type not in ("cpu", "cuda"):
-                raise RuntimeError("only cpu and cuda can")
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}): use "
-                             "--device cpu, or leave it out") from None
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        if self.size > 1:
-            # For a process that lives but does not move. Of a dead one the watch knows within a minute.
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-            self.store, self.meetings, self.left = self.connect(), 0, threading.Event()
-            self.store.set(f"host of {self.rank}", socket.gethostname())
-            self.watcher = threading.Thread(target=self.watch, daemon=True)
-            self.watcher.start()
-
-    def connect(self) -> dist.Store:
-        """A connection, for one thread, to the store of small values that the machine of rank 0 keeps for all."""
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        return dist.PrefixStore(f"hytuning {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-    def watch(self):
-        """Give a sign of life every few seconds, and look for that of the next process and for reports of failure.
-
-        A thread, since the main one may wait in a collective for what will never come. Beats are counted and not
-        timed, so that a computer may sleep in between.
-        """
-        store, other, seen, missing = self.connect(), (self.rank + 1) % self.size, 0, 0
-        while not self.left.wait(BEAT):
-            alarm = threading.Timer(BEAT * SILENCE, self.end, ["the machine of rank 0 does not answer any more"])
-            alarm.daemon = True
-            alarm.start()
-            try:
-                store.add(f"beats of {self.rank}", 1)
-                beats = store.add(f"beats of {other}", 0)
-                seen, missing = beats, missing + 1 if beats == seen else 0
-                if missing > SILENCE:
-                    host = store.get(f"host of {other}").decode()
-                    store.compare_set("failure", "", f"rank {other} on {host} gives no sign of life: its process or "
-                                                     "its machine died")
-                failure = store.get("failure").decode() if store.check(["failure"]) else ""
-            except RuntimeError:
-                failure = "the machine of rank 0 does not answer any more, or its processes have ended"
-            alarm.cancel()
-            if failure and not self.left.is_set():
-                self.end(failure)
-
-    def end(self, failure: str):
-        print(f"error (rank {self.rank}): ending, since {failure}", file=sys.stderr, flush=True)
-        os._exit(1)  # nothing milder ends a main thread that waits in a collective
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if self.size == 1:
-            return
-        if error is None:
-            self.meet()
-            self.left.set()
-            dist.barrier()  # only then may rank 0, whose store the watch reads, go
-        elif kind is RuntimeError or isinstance(error, dist.DistError):  # maybe a collective that lost a process:
-            if self.signals:
-                self.end("another process has ended, and torchrun, which says which, asks for it")
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(BEAT * (SILENCE + 2))  # then the watch will say which, and end this one too
-        self.left.set()
-        self.watcher.join(BEAT)
-        if error is not None:
-            with contextlib.suppress(RuntimeError):  # the store may be gone as well
-                reason = next(iter(str(error).splitlines()), "")
-                self.store.compare_set("failure", "", f"rank {self.rank} has ended with {kind.__name__}: {reason}")
-
-    def meet(self):
-        """Wait for all processes, however long one of them writes: not in a collective, which would time out."""
-        if self.size > 1:
-            self.meetings += 1
-            name = f"meeting {self.meetings}"
-            self.store.add(name, 1)
-            while self.store.add(name, 0) < self.size:
-                time.sleep(0.05)
-            dist.barrier()  # so that nobody takes the store away from one who still looks
-
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum over all processes, the same in each."""
-        if self.size > 1:
-            dist.all_reduce(x)
-        return x
-
-    def mine(self, items: list) -> list:
-        """This process's share of a global batch."""
-        return items[self.rank::self.size]
-
-    def say(self, *words):
-        if self.rank == 0:
-            tqdm.write(" ".join(map(str, words)))
-
-    def bar(self, total: int, what: str):
-        hidden = True if self.rank or not total else None  # None: shown on a terminal only
-        return tqdm(total=total, desc=what, disable=hidden, dynamic_ncols=True, leave=False)
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # With a mask its gradients are NaN at some lengths on Hopper (pytorch issue 196678), and it
+        # plans anew for every shape.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if world_size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    return rank, world_size, device
 
 
-# ------------------------------------------------------------------------------------------- the method
+def all_sum(x: Tensor) -> Tensor:
+    """The sum of x over all processes, the same in each."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
-@dataclass
-class Sequence:
-    """A rollout or a supervised trace, and what `Trainer` finds out about it: in `judge` its PRG, in `score` certainty,
-    entropy and log-probabilities, in `weigh` and `weigh_traces` its advantage or weight."""
-    trace: prg.Trace
-    prompt_length: int
-    complete: bool = False  # ended by itself, with an answer that can be read
-    supervised: bool = False
-    weight: float = 1.0  # of a supervised trace in L_RD
-    prg: float = -1.0
-    certainty: float = 0.0  # self-certainty, the mean over the response
-    entropy: float = 0.0  # likewise
-    logprobs: Tensor = None  # log pi of the response tokens, [T]
-    advantage: float = 0.0
 
-    @property
-    def ids(self) -> list[int]:
-        return self.trace.tokens + self.trace.tail
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
 
-    @property
-    def response(self) -> list[int]:
-        return self.ids[self.prompt_length:]
 
-    @property
-    def length(self) -> int:
-        return len(self.response)
-
+# -----------------------------------------------------------------------------
+# the method
 
 class Policy(nn.Module):
-    """The decoder as a function to log-probabilities. DDP wraps this, and calling the wrapper is what arms it."""
+    """The decoder as a function from packed responses to log-probabilities: what DDP wraps."""
 
     def __init__(self, decoder: Decoder):
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, input_ids, row, source, target):
-        hidden = self.decoder.hidden_states(input_ids)
-        return hytuning.over_vocabulary(hytuning.token_logprobs, hidden[row, source], self.decoder.lm_head, target)
+    def forward(self, batch: prg.Packed) -> Tensor:
+        """log pi of the tokens of n responses, [n, T], 0 in the padding."""
+        inputs = (batch.input_ids, batch.position_ids, batch.attention_mask)
+        hidden = self.decoder.hidden_states(*inputs).flatten(0, 1)  # [B W, D]
+        hidden = hidden[batch.slots[batch.mask]]
+        targets = batch.targets[batch.mask]
+        logprobs = hytuning.head_logprobs(hidden, self.decoder.lm_head, targets)
+        return logprobs.new_zeros(batch.mask.shape).masked_scatter(batch.mask, logprobs)
 
 
-def response_cells(sequences: list[Sequence], device) -> tuple[Tensor, ...]:
-    """(row, source, target, offset), [N] each: slot `source` of the row predicts response token `target`."""
-    cells = [(b, s.prompt_length + t - 1, token, t) for b, s in enumerate(sequences)
-             for t, token in enumerate(s.response)]
-    return torch.tensor(cells, dtype=torch.long, device=device).reshape(-1, 4).T.unbind()
+def certainty_and_entropy(logits: Tensor) -> Tensor:
+    """[2, R] from logits [R, V]: what the sampler notes of every token."""
+    return torch.stack((hytuning.self_certainty(logits), hytuning.entropy(logits)))
 
 
-def make_optimizer(model: Decoder, settings: Settings, world: World):
-    """AdamW; with --zero each process keeps the moments of its share of the parameters and sends their new values."""
-    how = dict(lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    if settings.zero and world.size > 1:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # a second to import, so only where it is asked for
-        return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.AdamW, **how)
-    return torch.optim.AdamW(model.parameters(), **how)
+# A trace that stands in, with weight 0, where a process has nothing to learn from.
+IDLE = prg.Trace(tokens=[0, 0], cuts=[1], answer_start=1)
 
 
 class Trainer:
-    """A run: the model, its data, and a step of the method. `extra_reward(prompt, response) -> float`, on
-    texts, is added to each rollout's reward before its group is normalised."""
+    """A run: its data, its models, a step of the method, evaluation, checkpoints."""
 
-    def __init__(self, settings: Settings, world: World, extra_reward=None):
-        self.settings, self.world, self.extra_reward = settings, world, extra_reward
-        s, device = settings, world.device
-        self.model = load_pretrained(s.model, device)
-        self.model.checkpoint_activations = s.checkpoint_activations
-        self.text = data.Text(s.model, self.model.eos_ids, s.marker, s.max_steps)
-        longest, context = s.max_prompt_tokens + s.max_new_tokens, self.model.config.max_position_embeddings
+    def __init__(self, args, rank: int, world_size: int, device: torch.device):
+        self.args = args
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+        self.done = 0  # steps
+        self.skipped = 0  # updates in a row whose gradient was not finite
+
+        self.model = load_pretrained(args.model, device)
+        self.model.checkpoint_activations = args.checkpoint_activations
+        self.text = data.Text(args.model, self.model.eos_ids, args.marker, args.max_steps)
+        # The chat format's end token first: the saved model must stop where it has learned to.
+        self.model.eos_ids = tuple(dict.fromkeys((self.text.end, *self.model.eos_ids)))
+        longest = args.max_prompt_tokens + args.max_new_tokens
+        context = self.model.config.context
         if longest > context:
-            raise UsageError(f"--max_prompt_tokens and --max_new_tokens make {longest} tokens, but {s.model} was "
-                             f"made for {context}: lower one of them")
+            raise UsageError(f"--max_prompt_tokens and --max_new_tokens make {longest} tokens, but "
+                             f"{args.model} was made for {context}: lower one of them")
+        if self.text.vocab_size > self.model.config.vocab_size:
+            raise UsageError(f"{args.model}: tokenizer.json has more tokens than config.json's "
+                             "vocab_size: the two belong to different models")
         self.load_data()
 
-        self.dtype = getattr(torch, s.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+        args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        self.dtype = getattr(torch, args.dtype)
+        # The judge of PRG stays as it is: one that learned with the rollouts would come to agree
+        # with their errors.
+        self.judge = copy.deepcopy(self.model).requires_grad_(False).to(self.dtype)
+        # Trained weights stay in float32; sampling reads them twice as fast from a bfloat16 copy.
+        self.sampler = self.model
+        if self.dtype != torch.float32:
+            self.sampler = copy.deepcopy(self.judge)
         self.policy = Policy(self.model)
-        if world.size > 1:
+        if world_size > 1:
             self.policy = DistributedDataParallel(self.policy, gradient_as_bucket_view=True)
-        self.optimizer = make_optimizer(self.model, s, world)
-        # The judge of PRG stays as it is: one that learned with the rollouts would come to agree with their errors.
-        self.judge_model = copy.deepcopy(self.model).requires_grad_(False)
-        self.reference = Policy(self.judge_model) if s.kl else None
-        if not s.kl:  # which wants the policy's own arithmetic; a judge may round
-            self.judge_model.to(self.dtype)
-        # Master weights stay in float32; sampling reads them twice as fast from a bfloat16 copy.
-        self.sampler = self.model if self.dtype == torch.float32 else copy.deepcopy(self.model).to(self.dtype)
+        self.optimizer = self.make_optimizer()
         self.weigh_traces()
-        self.done, self.bad_steps = 0, 0
 
     def load_data(self):
-        s, skipped = self.settings, {}  # by flag, not by path: one file may serve two of them
-        labeled, self.unlabeled, self.held_out = [], [], []
-        if s.labeled:
-            labeled, skipped["labeled"] = data.load_labeled(
-                s.labeled, self.text, s.max_prompt_tokens, s.max_new_tokens, s.max_labeled)
-        if s.unlabeled:
-            self.unlabeled, skipped["unlabeled"] = data.load_unlabeled(
-                s.unlabeled, self.text, s.max_prompt_tokens, s.max_unlabeled)
-        if s.eval:
-            self.held_out, skipped["eval"] = data.load_eval(s.eval, self.text, s.max_prompt_tokens, s.max_eval)
-        self.traces = [self.sequence(*record, supervised=True) for record in labeled]
-        if not all(trace.complete for trace in self.traces):
-            raise UsageError(f"{s.labeled}: an answer behind {s.marker!r} cannot be read back from the tokens of "
-                             f"{s.model}: choose another --marker")
-        for name, count in skipped.items():
-            if count:
-                self.world.say(f"--{name} {getattr(s, name)}: {count} records skipped, longer than --max_prompt_tokens "
-                               "or --max_new_tokens")
+        """The supervised traces, the unlabeled queries and the held-out queries."""
+        args, text = self.args, self.text
+        self.traces = []  # prg.Trace
+        self.queries = []  # prompt ids
+        self.held_out = []  # (prompt ids, question, gold answer)
+        skipped = {}
+        if args.labeled:
+            pairs, skipped["labeled"] = data.load_labeled(
+                args.labeled, text, args.max_prompt_tokens, args.max_new_tokens, args.max_labeled)
+            self.traces = [self.trace(prompt, response) for prompt, response in pairs]
+        if args.unlabeled:
+            self.queries, skipped["unlabeled"] = data.load_unlabeled(
+                args.unlabeled, text, args.max_prompt_tokens, args.max_unlabeled)
+        if args.eval:
+            self.held_out, skipped["eval"] = data.load_eval(
+                args.eval, text, args.max_prompt_tokens, args.max_eval)
+        for name, number in skipped.items():
+            if number:
+                self.say(f"--{name}: {number} records skipped, longer than --max_prompt_tokens or "
+                         "--max_new_tokens")
+
+    def make_optimizer(self):
+        options = dict(lr=self.args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        if self.args.zero and self.world_size > 1:
+            # A second to import, so only where it is asked for.
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+            return ZeroRedundancyOptimizer(self.model.parameters(), torch.optim.AdamW, **options)
+        return torch.optim.AdamW(self.model.parameters(), fused=True, **options)
 
     def weigh_traces(self):
-        """Set the anchor and, for hytuning, how much each supervised trace counts: README, "The method"."""
+        """Before training: the anchor a, and how much each supervised trace counts, v [traces]."""
         self.anchor = None
+        self.v = torch.zeros(0, device=self.device)
         if not self.traces:
             return
-        world, mine = self.world, self.world.mine(self.traces)
-        self.judge(mine, self.judge_model)
-        gains = torch.zeros(len(self.traces), dtype=torch.double, device=world.device)
-        gains[world.rank::world.size] = torch.tensor([x.prg for x in mine], dtype=torch.double, device=world.device)
-        gains = world.sum(gains).cpu()
+        gains = self.measure_prg(self.judge, self.traces)
         self.anchor = gains.mean().item()
-        if self.settings.method == "hytuning":
-            w = hytuning.adaptive_weights(gains, self.anchor, self.settings.tau)
-            for x, weight in zip(self.traces, (w / w.mean()).tolist()):
-                x.weight = weight
+        self.v = torch.ones_like(gains)
+        if self.args.method == "hytuning":
+            w = hytuning.adaptive_weights(gains, self.anchor, self.args.tau)
+            self.v = w / w.mean()
             if self.anchor < 0.05:  # where the gate has its floor
-                world.say(f"warning: {self.settings.model} finds a PRG of only {self.anchor:.3f} in the supervised "
-                          "traces: as a judge it will tell little. Teach it their form first, with a few steps of "
-                          "--method rd, and start from the model that this writes")
-
-    def amp(self):
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-
-    def sequence(self, prompt: list[int], response: list[int], supervised=False) -> Sequence:
-        trace = prg.Trace(*self.text.parse(prompt, response))
-        complete = len(trace.tokens) > trace.answer_start and response[-1] in self.text.ends
-        if not complete:  # PRG is -1 anyway: no answer to look at after each step
-            trace = prg.Trace(prompt + response, [len(prompt)], len(prompt + response))
-        return Sequence(trace, len(prompt), complete, supervised)
-
-    def sample(self, prompts, samples: int, temperature: float, seed: int, what="") -> list[list[list[int]]]:
-        """[prompt][sample] -> response ids: `generate` on batches of prompts of like length."""
-        if self.sampler is not self.model:
-            with torch.no_grad():
-                for mine, master in zip(self.sampler.parameters(), self.model.parameters()):
-                    mine.copy_(master)
-        responses = [None] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        size = max(1, self.settings.rollouts_per_batch // samples)
-        with self.world.bar(len(prompts) if what else 0, what) as bar:
-            for batch in (order[i:i + size] for i in range(0, len(order), size)):
-                groups = generate(self.sampler, [prompts[i] for i in batch], samples_per_prompt=samples, seed=seed,
-                                  max_new_tokens=self.settings.max_new_tokens, temperature=temperature,
-                                  eos_ids=self.text.ends)
-                for i, group in zip(batch, groups):
-                    responses[i] = group
-                bar.update(len(batch))
-        return responses
-
-    def judge(self, sequences: list[Sequence], model: Decoder):
-        """Fill in PRG, as this model sees it: -1 for what did not end by itself with an answer that can be read."""
-        with self.amp():
-            support, mask = prg.answer_support(model, [x.trace for x in sequences], self.world.device,
-                                               self.settings.tokens_per_batch)
-        for x, gain in zip(sequences, prg.progressive_reasoning_gain(support, mask).tolist()):
-            x.prg = gain if x.complete else -1.0
-
-    @torch.no_grad()
-    def score(self, sequences: list[Sequence]):
-        """Fill in self-certainty, entropy and log-probabilities under the current policy."""
-        def statistics(logits, targets):
-            return torch.stack([hytuning.token_logprobs(logits, targets), hytuning.self_certainty(logits),
-                                hytuning.entropy(logits)], 1)
-        for indices in prg.batches_by_length([len(x.ids) for x in sequences], self.settings.tokens_per_batch):
-            batch = [sequences[i] for i in indices]
-            row, source, target, _ = response_cells(batch, self.world.device)
-            ids = nn.utils.rnn.pad_sequence([torch.tensor(x.ids) for x in batch], batch_first=True)
-            with self.amp():
-                hidden = self.model.hidden_states(ids.to(self.world.device))[row, source]
-                values = hytuning.over_vocabulary(statistics, hidden, self.model.lm_head, target)
-            for x, value in zip(batch, values.split([x.length for x in batch])):
-                x.logprobs, (x.certainty, x.entropy) = value[:, 0], value[:, 1:].mean(0).tolist()
+                self.say(f"warning: {self.args.model} finds a PRG of only {self.anchor:.3f} in the "
+                         "supervised traces, as a model does that does not know the answer's form: "
+                         "warm it up with --method rd, and start from what that writes")
 
     def step(self) -> dict:
-        """Sample, score, weigh, update; returns the line that goes into metrics.jsonl."""
-        s, world, clock = self.settings, self.world, [self.now()]
-        queries = [] if s.method == "rd" else world.mine(self.batch(self.unlabeled, s.queries_per_step))
-        traces = world.mine(self.batch(self.traces, s.traces_per_step))
-        responses = self.sample(queries, s.group_size, s.temperature, seed=s.seed * 10**6 + self.done)
-        rollouts = [self.sequence(prompt, response) for prompt, group in zip(queries, responses) for response in group]
-        clock.append(self.now())
-        self.judge(rollouts, self.judge_model)
-        self.score(rollouts)
+        """One step on this process's share of the batch; the line for metrics.jsonl.
+
+        There are Q queries and N = Q G rollouts, those of a query one after the other.
+        """
+        args, G = self.args, self.args.group_size
+        queries = []
+        if args.method != "rd":
+            share = self.share_of_batch(len(self.queries), args.queries_per_step, "queries")
+            queries = [self.queries[i] for i in share]
+        clock = [self.now()]
+
+        # 1. sample a group of G rollouts for each query
+        seed = ("rollouts", args.seed, self.done)
+        rollouts, seen = self.sample(queries, G, args.temperature, seed)
         clock.append(self.now())
 
-        of_rollouts, of_traces = self.totals(rollouts), self.totals(traces)
-        lam = self.weigh(rollouts, of_rollouts["count"])
-        losses, norm = self.update((rollouts if lam > 0 else []) + (traces if lam < 1 else []), lam,
-                                   of_traces["length"], of_rollouts["count"])
-        undecided = world.sum(torch.tensor(float(sum(abs(x.advantage) < 1e-3 for x in rollouts)), device=world.device))
+        # 2. judge: how far did the reasoning earn the answer? (PRG of the frozen starting model)
+        gains = self.measure_prg(self.judge, rollouts)  # [N] PRG, -1 where there is no answer
+        answered = self.column([x.answer_end > x.answer_start for x in rollouts])  # [N] 0 or 1
+        clock.append(self.now())
+
+        # 3. certainty: what the sampler saw (c)
+        c, entropy = seen  # [N] each
+
+        # 4. pool by answer: rewards r, earned shares e
+        if args.method == "hytuning":
+            # What has no answer has earned nothing, however little the gate would let through.
+            w = hytuning.adaptive_weights(gains, self.anchor, args.tau) * answered  # [N]
+            answers = self.answer_numbers(rollouts)  # [N]
+            r = hytuning.pool_by_answer(w * c, answers, G)  # [N]
+            e = hytuning.pool_by_answer(w, answers, G)  # [N]
+        else:
+            r = c
+            e = torch.zeros_like(c)
+        # A reward of your own is added to r here.
+
+        # 5. advantages A and the mix lambda
+        A = hytuning.group_advantages(r, G)  # [N]
+        columns = {"N": torch.ones_like(c), "earned": e, "prg_rollouts": gains, "self_certainty": c,
+                   "entropy": entropy, "answered": answered, "undecided": (A == 0).double(),
+                   "response_length": self.column([len(x.response) for x in rollouts])}
+        sums = all_sum(torch.stack(list(columns.values())).sum(1))  # over all processes
+        totals = dict(zip(columns, sums.tolist()))
+        lam = totals["earned"] / max(totals["N"], 1)
+        if args.method != "hytuning":
+            lam = {"rd": 0.0, "rlif": 1.0, "static": 0.5}[args.method]
+
+        # 6. one update on (1 - lambda) L_RD + lambda L_RLIF
+        L_RD, L_RLIF, grad_norm = self.update(rollouts, A, lam, totals["N"])
         clock.append(self.now())
         self.done += 1
+        return self.log_line(L_RD, L_RLIF, lam, grad_norm, totals, clock)
 
-        def mean(total, name):
-            return total[name] / total["count"] if total["count"] else None
-        seconds = [end - start for start, end in zip(clock, clock[1:])]
-        line = {"step": self.done, "loss": hytuning.hytuning_loss(*losses, lam),
-                "loss_rd": losses[0] if of_traces["count"] and lam < 1 else None,
-                # 0 on policy, but its gradient is not
-                "loss_rlif": losses[1] if of_rollouts["count"] and lam > 0 else None,
-                "lambda": lam, "anchor": self.anchor, "prg_rollouts": mean(of_rollouts, "prg"),
-                "self_certainty": mean(of_rollouts, "certainty"), "entropy": mean(of_rollouts, "entropy"),
-                "response_length": mean(of_rollouts, "length"), "answered": mean(of_rollouts, "complete"),
-                "undecided": undecided.item() / of_rollouts["count"] if of_rollouts["count"] else None,
-                "grad_norm": norm, "skipped_in_a_row": self.bad_steps,
-                "tokens_per_second": of_rollouts["length"] / sum(seconds),
-                "seconds_sampling": seconds[0], "seconds_scoring": seconds[1], "seconds_update": seconds[2]}
-        return {k: v if v is not None and math.isfinite(v) else None for k, v in line.items()}  # nan is not JSON
+    def update(self, rollouts, A: Tensor, lam: float, N: float) -> tuple[float, float, float]:
+        """One optimizer step: (L_RD, L_RLIF, norm of the gradient), of all processes' shares.
 
-    def batch(self, items: list, size: int) -> list:
-        """This step's items, of all processes: an epoch is a shuffle, cut into whole batches without repeats."""
-        size = min(size, len(items))
-        if not size:
+        A [rollouts of this process]; N is the number of rollouts of all processes.
+        """
+        # What has no weight in the loss has no gradient, and is left out.
+        share = []
+        if lam < 1:
+            share = self.share_of_batch(len(self.traces), self.args.traces_per_step, "traces")
+        traces = [self.traces[i] for i in share]
+        v = self.v[share]
+        kept = A.nonzero()[:, 0].tolist() if lam > 0 else []
+        rollouts = [rollouts[i] for i in kept]
+        A = A[kept]
+        tokens = all_sum(self.column([len(x.response) for x in traces]).sum())
+        if not traces and not rollouts:
+            # The other processes wait for this one's gradients: zeros.
+            traces = [IDLE]
+            v = torch.zeros(1, device=self.device)
+
+        batches = [(batch, True) for batch in self.pack(traces)]
+        batches += [(batch, False) for batch in self.pack(rollouts)]
+        losses = torch.zeros(2, device=self.device)
+        for number, (batch, supervised) in enumerate(batches, 1):
+            # Processes exchange gradients once, in the last backward pass.
+            self.policy.require_backward_grad_sync = number == len(batches)
+            with self.autocast():
+                # The DDP wrapper, not its .module, or gradients are not exchanged.
+                logprobs = self.policy(batch)  # [n, T]
+            # Divided by global counts, the losses of micro-batches and processes add up.
+            L_RD = L_RLIF = logprobs.new_zeros(())
+            if supervised:
+                mask = v[batch.trace, None].float() * batch.mask
+                L_RD = hytuning.distillation_loss(logprobs, mask, tokens.clamp(min=1))
+            else:
+                L_RLIF = hytuning.rlif_loss(logprobs, batch.mask, A[batch.trace].float(), N)
+            # DDP takes the mean over processes, where a sum is wanted.
+            (hytuning.hytuning_loss(L_RD, L_RLIF, lam) * self.world_size).backward()
+            losses += torch.stack((L_RD, L_RLIF)).detach()
+
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm).item()
+        self.skipped += 1
+        if math.isfinite(norm):  # the same in all processes
+            self.optimizer.step()
+            self.skipped = 0
+        if self.skipped == 10:
+            raise UsageError("the gradient was not finite in ten steps in a row: lower --lr or use "
+                             "--dtype float32")
+        self.optimizer.zero_grad(set_to_none=False)  # DDP's gradients are views of its buckets
+        return *all_sum(losses).tolist(), norm
+
+    def share_of_batch(self, total: int, size: int, stream: str) -> list[int]:
+        """This process's share of the step's items, out of `total`: an epoch is a shuffle, cut into
+        whole batches. `stream` tells the shuffle of the queries from that of the traces."""
+        size = min(size, total)
+        if size == 0:
             return []
-        epoch, place = divmod(self.done, len(items) // size)
-        order = np.random.default_rng([self.settings.seed, epoch]).permutation(len(items))
-        return [items[i] for i in order[place * size:(place + 1) * size]]
+        epoch, place = divmod(self.done, total // size)
+        rng = np.random.default_rng([self.args.seed, epoch, *stream.encode()])
+        batch = rng.permutation(total)[place * size:(place + 1) * size]
+        return batch[self.rank::self.world_size].tolist()
 
-    def totals(self, sequences: list[Sequence]) -> dict[str, float]:
-        """Sums over the sequences of all processes; means divide by the global count, so no share counts more."""
-        names = ("prg", "certainty", "entropy", "length", "complete")
-        sums = [float(len(sequences))] + [sum(float(getattr(x, name)) for x in sequences) for name in names]
-        total = self.world.sum(torch.tensor(sums, dtype=torch.double, device=self.world.device))
-        return dict(zip(("count", *names), total.tolist()))
+    def sample(self, prompts, samples: int, temperature: float, seed, bar: str = ""):
+        """N = prompts x samples responses as prg.Trace; their certainty and entropy, [2, N]."""
+        if self.sampler is not self.model:
+            with torch.no_grad():
+                for mine, trained in zip(self.sampler.parameters(), self.model.parameters()):
+                    mine.copy_(trained)
+        traces = [None] * len(prompts)
+        seen = torch.zeros(2, len(prompts), samples, dtype=torch.double, device=self.device)
+        # Prompts of like length together, since a batch is as wide as its longest.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        size = max(1, self.args.rollouts_per_batch // samples)
+        hidden = not bar or self.rank > 0
+        for start in tqdm(range(0, len(order), size), bar, leave=False, disable=hidden or None):
+            batch = order[start:start + size]
+            groups, means = generate(
+                self.sampler, [prompts[i] for i in batch], samples_per_prompt=samples, seed=seed,
+                max_new_tokens=self.args.max_new_tokens, temperature=temperature,
+                eos_ids=self.text.ends, statistic=certainty_and_entropy)
+            seen[:, batch] = means.double()
+            for i, group in zip(batch, groups):
+                traces[i] = [self.trace(prompts[i], response) for response in group]
+        return sum(traces, []), seen.flatten(1)
 
-    def weigh(self, rollouts: list[Sequence], count: float) -> float:
-        """Set each rollout's advantage and return lambda: README, "The method"."""
-        s = self.settings
+    def trace(self, prompt: list[int], response: list[int]) -> prg.Trace:
+        return prg.Trace(*self.text.parse(prompt, response))
 
-        def column(name):
-            return torch.tensor([getattr(x, name) for x in rollouts], dtype=torch.double)
-        # Both are divergences from the uniform distribution, never negative: a weight can only take away.
-        uniform = math.log(self.model.config.vocab_size)
-        r = column("certainty") if s.reward == "self_certainty" else uniform - column("entropy")
-        e = torch.zeros(len(rollouts), dtype=torch.double)
-        if s.method == "hytuning":
-            # Without an answer nothing was earned. A gate alone would leave a little, and advantages are relative.
-            w = hytuning.adaptive_weights(column("prg"), self.anchor, s.tau) * column("complete")
-            answers = self.answers(rollouts)
-            r, e = (hytuning.pool_by_answer(values, answers, s.group_size) for values in (w * r, w))
-        if self.extra_reward:
-            r += torch.tensor([self.extra_reward(self.text.decode(x.ids[:x.prompt_length]),
-                                                 self.text.decode(x.response)) for x in rollouts], dtype=torch.double)
-        for x, advantage in zip(rollouts, hytuning.group_advantages(r, s.group_size).tolist()):
-            x.advantage = advantage
-        mean = self.world.sum(e.sum().to(self.world.device)).item() / max(count, 1)
-        return {"hytuning": mean, "static": 0.5, "rd": 0.0, "rlif": 1.0}[s.method]
+    def measure_prg(self, judge: Decoder, traces) -> Tensor:
+        """PRG of each trace as this model sees it, [N]; -1 without an answer."""
+        tokens = self.args.tokens_per_batch
+        with self.autocast():
+            support, mask = prg.answer_support(judge, traces, tokens, self.device)
+        return prg.progressive_reasoning_gain(support.double(), mask)
 
-    def answers(self, rollouts: list[Sequence]) -> Tensor:
+    def answer_numbers(self, rollouts) -> Tensor:
         """Numbers [N], the same for rollouts of a group that give the same answer."""
-        said = [self.text.decode(x.trace.tokens[x.trace.answer_start:]) if x.complete else None for x in rollouts]
-        groups = [said[i:i + self.settings.group_size] for i in range(0, len(said), self.settings.group_size)]
-        return torch.tensor([number for group in groups for number in data.same_answers(group)], dtype=torch.long)
+        answers = [self.text.answer(x.response) for x in rollouts]
+        numbers = []
+        for i in range(0, len(answers), self.args.group_size):
+            numbers += data.same_answers(answers[i:i + self.args.group_size])
+        return self.column(numbers)
 
-    def update(self, sequences: list[Sequence], lam: float, token_count: float, rollout_count: float):
-        """One optimiser step (or --updates_per_batch); ([L_RD, L_RLIF], norm of the gradient)."""
-        for _ in range(self.settings.updates_per_batch):
-            losses = self.world.sum(self.backward(sequences, lam, max(token_count, 1), max(rollout_count, 1))).tolist()
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm).item()
-            if math.isfinite(norm):  # the same in all processes, since DDP has exchanged the gradients
-                self.optimizer.step()
-            self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
-            self.optimizer.zero_grad(set_to_none=self.world.size == 1)  # DDP's gradients stay views of its buckets
-        if self.bad_steps >= 10:
-            raise UsageError("the gradient was not finite in ten steps in a row: lower --lr or use --dtype float32")
-        return losses, norm
+    def pack(self, traces) -> list[prg.Packed]:
+        return prg.pack(traces, copies=False, tokens=self.args.tokens_per_batch, device=self.device)
+
+    def autocast(self):
+        # Without the cache each chunk of the head has a gradient of its own, summed in float32.
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False,
+                              enabled=self.dtype == torch.bfloat16)
+
+    def column(self, values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.double, device=self.device)
 
     def now(self) -> float:
-        if self.world.device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def backward(self, sequences: list[Sequence], lam: float, token_count: float, rollout_count: float) -> Tensor:
-        """Gradients of L = (1 - lambda) L_RD + lambda L_RLIF over this process's share; its [L_RD, L_RLIF].
+    def say(self, *words):
+        if self.rank == 0:
+            tqdm.write(" ".join(map(str, words)))
 
-        Both losses divide by global counts, of the supervised response tokens and of the rollouts, so shares add up to
-        the whole batch; DDP averages over processes, hence the factor world.size.
+    def log_line(self, L_RD, L_RLIF, lam, grad_norm, totals, clock) -> dict:
+        """What metrics.jsonl says of a step; None where the method has no such thing."""
+        names = ("prg_rollouts", "self_certainty", "entropy", "response_length", "answered",
+                 "undecided")  # whose advantage is 0
+        N = totals["N"]
+        line = {"step": self.done, "loss": hytuning.hytuning_loss(L_RD, L_RLIF, lam),
+                "loss_rd": L_RD if lam < 1 else None,
+                "loss_rlif": L_RLIF if lam > 0 else None,  # about 0 on policy; its gradient is not
+                "lambda": lam, "anchor": self.anchor}
+        for name in names:
+            line[name] = totals[name] / N if N else None
+        line["grad_norm"] = grad_norm
+        line["skipped_in_a_row"] = self.skipped
+        line["tokens_per_second"] = totals["response_length"] / (clock[-1] - clock[0])
+        seconds = np.diff(clock).tolist()
+        for name, value in zip(("seconds_sampling", "seconds_scoring", "seconds_update"), seconds):
+            line[name] = value
+        # NaN is not JSON.
+        return {k: v if v is not None and math.isfinite(v) else None for k, v in line.items()}
+
+    # -------------------------------------------------------------------------
+    # evaluation
+
+    def evaluate(self) -> dict:
+        """What eval.json says of the model as it is, and in self.found what `show` prints.
+
+        A question that is listed twice is answered once and counted twice.
         """
-        s, device, losses = self.settings, self.world.device, torch.zeros(2, device=self.world.device)
-        if not sequences:  # the other processes wait for this one's gradients: give them zeros
-            sequences = [Sequence(prg.Trace([0], [1], 1), prompt_length=1, logprobs=torch.zeros(0, device=device))]
-        batches = prg.batches_by_length([len(x.ids) for x in sequences], s.tokens_per_batch)
-        for number, indices in enumerate(batches, 1):
-            batch = [sequences[i] for i in indices]
-            row, source, target, offset = response_cells(batch, device)
-            ids = nn.utils.rnn.pad_sequence([torch.tensor(x.ids) for x in batch], batch_first=True).to(device)
-            shape = len(batch), max(x.length for x in batch)
+        args = self.args
+        distinct = list(dict.fromkeys(tuple(prompt) for prompt, _, _ in self.held_out))
+        mine = [list(prompt) for prompt in distinct[self.rank::self.world_size]]
+        seed = ("evaluation", args.seed)
+        sampled, _ = self.sample(mine, args.eval_samples, args.temperature, seed, "evaluating")
+        greedy, _ = self.sample(mine, 1, 0.0, seed, "evaluating, greedy")
+        gains = self.measure_prg(self.model, sampled)
+        gains = gains.view(-1, args.eval_samples).mean(1).tolist()
+        found = {}
+        for i, prompt in enumerate(mine):
+            group = sampled[i * args.eval_samples:(i + 1) * args.eval_samples]
+            answers = [self.text.answer(x.response) for x in group]
+            single = self.text.answer(greedy[i].response)
+            found[tuple(prompt)] = (answers, single, gains[i], group[0])
+        if self.world_size > 1:
+            parts = [None] * self.world_size
+            dist.all_gather_object(parts, found)
+            for part in parts:
+                found.update(part)
+        self.found = found
 
-            def table(values):
-                return torch.zeros(shape, device=device).index_put((row, offset), values.float())
-            # Gradients are exchanged between processes once, in the last backward pass.
-            with self.policy.no_sync() if self.world.size > 1 and number < len(batches) else contextlib.nullcontext():
-                with self.amp():
-                    values = self.policy(ids, row, source, target)
-                logprobs, mask = table(values), table(torch.ones_like(values))
-                rd_rows = torch.tensor([x.supervised for x in batch], device=device)
-                more = {}
-                if s.updates_per_batch > 1:
-                    old = [torch.zeros(x.length, device=device) if x.supervised else x.logprobs for x in batch]
-                    more["old_logprobs"] = table(torch.cat(old))[~rd_rows]
-                if s.kl:
-                    with self.amp():
-                        more["reference_logprobs"] = table(self.reference(ids, row, source, target))[~rd_rows]
-                A = torch.tensor([x.advantage for x in batch], device=device)[~rd_rows]
-                w = torch.tensor([x.weight for x in batch], device=device)[:, None]
-                L_RD = hytuning.distillation_loss(logprobs[rd_rows], (w * mask)[rd_rows], token_count)
-                L_RLIF = hytuning.rlif_loss(logprobs[~rd_rows], mask[~rd_rows], A, rollout_count,
-                                            clip=s.clip, kl=s.kl, **more)
-                (hytuning.hytuning_loss(L_RD, L_RLIF, lam) * self.world.size).backward()
-            losses += torch.stack([L_RD, L_RLIF]).detach()
-        return losses
-
-    # ------------------------------------------------------------------------------------- evaluation
-
-    def evaluate(self) -> tuple[dict, list]:
-        """What eval.json says of the model as it is, and what `show` prints of this process's first queries."""
-        s, world = self.settings, self.world
-        mine = world.mine(self.held_out)
-        prompts = [prompt for prompt, _, _ in mine]
-        groups = self.sample(prompts, s.eval_samples, s.temperature, s.seed, "evaluating")
-        greedy = self.sample(prompts, 1, 0.0, s.seed, "evaluating, greedy")
-        rollouts = [[self.sequence(prompt, response) for response in group] for prompt, group in zip(prompts, groups)]
-        self.judge([x for group in rollouts for x in group], self.model)
-
-        def answer(response):
-            return data.extract_answer(self.text.decode(response), s.marker)
-        table, examples = torch.zeros(len(self.held_out), 5, dtype=torch.double, device=world.device), []
-        for i, ((_, question, gold), group, single) in enumerate(zip(mine, groups, greedy)):
-            def right(given):
-                return given is not None and data.answers_match(given, gold)
-            answers = [answer(response) for response in group]
+        rows = []
+        for prompt, _, gold in self.held_out:
+            answers, single, gain, _ = found[tuple(prompt)]
             winner, share = data.majority(answers)
-            table[world.rank + i * world.size] = torch.tensor([
-                np.mean([right(a) for a in answers]), right(winner), share, right(answer(single[0])),
-                np.mean([x.prg for x in rollouts[i]])])
-            examples.append((question, gold, rollouts[i][0], winner, round(share * len(answers))))
-        return summary(*world.sum(table).cpu().unbind(1)), examples[:s.show]
+            right = [self.is_right(answer, gold) for answer in answers]
+            rows.append((np.mean(right), self.is_right(winner, gold), share,
+                         self.is_right(single, gold), gain))
+        accuracy, correct, confidence, greedy, gain = torch.tensor(rows, dtype=torch.double).T
+        result = {
+            "accuracy": accuracy.mean().item(), "majority_accuracy": correct.mean().item(),
+            "greedy_accuracy": greedy.mean().item(), "confidence": confidence.mean().item(),
+            "confidence_when_wrong": confidence[correct == 0].mean().item(),
+            "ece": prg.expected_calibration_error(confidence, correct),
+            "brier": prg.brier_score(confidence, correct), "auroc": prg.auroc(confidence, correct),
+            "prg": gain.mean().item(), "n": len(rows)}
+        # NaN, where nothing is wrong, is not JSON.
+        return {name: None if value != value else value for name, value in result.items()}
 
-    def show(self, examples):
-        """Held-out queries with a rollout each: support after every step as a bar, PRG, the vote, the right answer."""
-        for question, gold, rollout, winner, votes in examples:
-            trace, say = rollout.trace, self.world.say
-            support, has_answer = prg.answer_support(self.model, [trace], self.world.device)
-            lines = ["(before any step)"] + [" ".join(self.text.decode(trace.tokens[a:b]).split())
-                                             for a, b in zip(trace.cuts, trace.cuts[1:])]
-            say(f"\n{question}")
-            for p, line in zip(support[0].tolist(), lines) if has_answer.any() else []:
-                say(f"  p = {p:4.2f} {'#' * round(20 * p):20s} {line}")
-            answer = self.text.decode(trace.tokens[trace.answer_start:]).strip()
-            say(f"  {self.settings.marker} {answer or '(none that can be read)'}    PRG {rollout.prg:.2f}")
-            say(f"  vote: {winner}, {votes} of {self.settings.eval_samples}    right answer: {gold}")
+    def is_right(self, answer: str | None, gold: str) -> bool:
+        return answer is not None and data.answers_match(answer, gold)
 
-    # ------------------------------------------------------------------------------------ checkpoints
+    def show(self, number: int):
+        """The first held-out queries: support after every step of a rollout, PRG, the vote."""
+        for prompt, question, gold in self.held_out[:number]:
+            answers, _, _, trace = self.found[tuple(prompt)]
+            with self.autocast():
+                support, mask = prg.answer_support(self.model, [trace], device=self.device)
+            gain = prg.progressive_reasoning_gain(support, mask).item()
+            self.say(f"\n{question}")
+            lines = ["(before any step)"]
+            for a, b in zip(trace.cuts, trace.cuts[1:]):
+                lines.append(" ".join(self.text.decode(trace.tokens[a:b]).split()))
+            for p, line in zip(support[mask].tolist(), lines):
+                self.say(f"  p = {p:4.2f} {'#' * round(20 * p):20s} {line}")
+            winner, share = data.majority(answers)
+            answer = answers[0] or "(none that can be read)"
+            self.say(f"  {self.args.marker} {answer}    PRG {gain:.2f}")
+            self.say(f"  vote: {winner}, {round(share * len(answers))} of {len(answers)}    "
+                     f"right answer: {gold}")
 
-    def save(self):
-        """A checkpoint holds all that the rest of the run depends on, in one form for any number of processes, with
-        --zero or without; the last two are kept."""
-        if hasattr(self.optimizer, "consolidate_state_dict"):  # --zero: rank 0 collects the shares
+    # -------------------------------------------------------------------------
+    # checkpoints
+
+    def save(self, base: dict | None):
+        """Write checkpoint.pt: all that the rest of the run depends on, however many processes."""
+        if hasattr(self.optimizer, "consolidate_state_dict"):  # --zero: rank 0 collects the shards
             self.optimizer.consolidate_state_dict(to=0)
-        if self.world.rank == 0:
-            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.done,
-                     "bad_steps": self.bad_steps, "settings": asdict(self.settings)}
-            put(checkpoint_path(self.settings, self.done), lambda path: torch.save(state, path))
-            for old in checkpoints(self.settings)[:-2]:
-                old.unlink()
-        self.world.meet()
+        if self.rank == 0:
+            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                     "done": self.done, "skipped": self.skipped, "base": base,
+                     "args": vars(self.args)}
+            atomic_write(Path(self.args.out, "checkpoint.pt"), lambda path: torch.save(state, path))
+        barrier()
 
     def restore(self) -> dict | None:
-        """Go on from the newest checkpoint of --out that can be read, which rank 0 chooses; the settings that it was
-        made with, or None if there is none."""
-        s, world, state = self.settings, self.world, None
-        if world.rank == 0:
-            state = newest_checkpoint(s, world)
-        step = world.sum(torch.tensor(state["step"] if state else 0, device=world.device)).item()
-        if not step:
+        """Go on from the checkpoint in --out, if there is one; the evaluation of the base model."""
+        path = Path(self.args.out, "checkpoint.pt")
+        found = all_sum(torch.tensor(float(path.is_file()), device=self.device)).item()
+        if found == 0:
+            self.say(f"no checkpoint in {self.args.out}: starting anew")
             return None
-        path = checkpoint_path(s, step)
-        if not path.is_file():
-            raise UsageError(f"{path}, from which rank 0 goes on, is not on {socket.gethostname()}: give an --out on a "
-                             "disk that all machines share")
-        state = state or read_checkpoint(path)
-        free = {"steps", "out", "resume", "tensorboard", "show", "device", "save_every", "eval", "max_eval",
-                "eval_samples", "tokens_per_batch", "rollouts_per_batch", "checkpoint_activations", "zero"}
-        changed = [f"--{k} {v} there, {getattr(s, k, v)} here" for k, v in state["settings"].items()
-                   if k not in free and v != getattr(s, k, v)]
-        if changed:
-            raise UsageError(f"{path} was made with other settings ({'; '.join(changed)}): use these, or another --out")
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.done, self.bad_steps = step, state["bad_steps"]
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-            raise UsageError(f"{path} belongs to a model of another shape than {s.model}: use another --out") from None
-        return state["settings"]
-
-
-def summary(single: Tensor, correct: Tensor, confidence: Tensor, greedy: Tensor, gain: Tensor) -> dict:
-    """What eval.json says, from a value for each held-out query, [N] each: share of samples that are right, whether
-    the majority is, its share of the votes, whether the greedy answer is right, and mean PRG."""
-    result = {"accuracy": single.mean().item(), "majority_accuracy": correct.mean().item(),
-              "greedy_accuracy": greedy.mean().item(), "confidence": confidence.mean().item(),
-              "confidence_when_wrong": confidence[correct == 0].mean().item(),
-              "ece": prg.expected_calibration_error(confidence, correct),
-              "brier": prg.brier_score(confidence, correct), "auroc": prg.auroc(confidence, correct),
-              "prg": gain.mean().item(), "n": len(correct)}
-    return {k: None if v != v else v for k, v in result.items()}  # nan, where nothing is wrong, is not JSON
-
-
-def checkpoint_path(settings: Settings, step: int) -> Path:
-    return Path(settings.out) / f"checkpoint-{step:06d}.pt"
-
-
-def checkpoints(settings: Settings) -> list[Path]:
-    """Those in --out, the newest last."""
-    found = Path(settings.out).glob("checkpoint-[0-9]*.pt")
-    return sorted(found, key=lambda path: (len(path.name), path.name))  # 1000000 comes after 999999
-
-
-def read_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint, on the CPU: never twice on the GPU. Raises UsageError if it cannot be read."""
-    try:
+        if found < self.world_size:
+            raise UsageError(f"{path} is not on all machines: give an --out on a shared disk")
+        # On the CPU first: never twice on the GPU.
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state["settings"], dict) or path.name != f"checkpoint-{state['step']:06d}.pt":
-            raise ValueError("it does not hold what its name says")
-        return state
-    except Exception as error:  # whatever a file of unknown content makes torch raise
-        raise UsageError(f"{path} cannot be read as a checkpoint ({(str(error) or repr(error)).splitlines()[0]})"
-                         ) from None
+        for name, now in vars(self.args).items():
+            before = state["args"].get(name)
+            if before != now and name not in MAY_CHANGE:
+                raise UsageError(f"{path} was made with --{name} {before}, not {now}: use the "
+                                 "same, or another --out")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done = state["done"]
+        self.skipped = state["skipped"]
+        self.say(f"resuming after step {self.done}")
+        return state["base"]
 
 
-def newest_checkpoint(settings: Settings, world: World) -> dict | None:
-    """The content of the newest checkpoint that can be read; None where there is none at all."""
-    found, failures = checkpoints(settings), []
-    for path in reversed(found):
-        try:
-            return read_checkpoint(path)
-        except UsageError as error:
-            world.say(f"warning: {error}: going on from the one before")
-            failures.append(str(error))
-    if failures:
-        raise UsageError(f"{failures[0]}, nor any before it: move them away, or start anew without --resume")
-    return None
+# -----------------------------------------------------------------------------
+# the toy's base model
 
-
-# --------------------------------------------------------------------------------------------- the run
-
-def train(settings: Settings, extra_reward=None):
-    """A whole run: evaluate, train, save, evaluate again."""
-    with World(settings.device) as world:
-        run(settings, world, extra_reward)
-
-
-def run(settings: Settings, world: World, extra_reward=None):
-    if not settings.model:
-        for name in ("labeled", "unlabeled", "eval"):
-            if getattr(settings, name):
-                raise UsageError(f"--{name} needs a --model: the toy's, used without one, knows only its own words")
-        settings.model = str(build_toy(world))
-        for name in ("labeled", "unlabeled", "eval"):
-            setattr(settings, name, f"{settings.model}/{name}.jsonl")
-    needed = ["eval"] if settings.eval_only else {"rd": ["labeled"], "rlif": ["unlabeled"]}.get(
-        settings.method, ["labeled", "unlabeled"])
-    for name in needed:
-        if not getattr(settings, name):
-            raise UsageError(f'--{name} is missing: give a JSONL file (README, "Your own data and model")')
-    out, results = Path(settings.out), {}
-    if not settings.eval_only and Path(settings.model).resolve() == (out / "model").resolve():
-        raise UsageError(f"--model {settings.model} is where this run would write its own: give another --out")
-    trainer = Trainer(settings, world, extra_reward)
-
-    def evaluate(name):
-        results[name], examples = trainer.evaluate()
-        if world.rank == 0:  # under another name where nothing was trained, since a run's own may be there
-            name = "eval_only.json" if settings.eval_only else "eval.json"
-            put(out / name, lambda path: path.write_text(json.dumps(results, indent=2)))
-        return examples
-    if world.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-    if not settings.eval_only:
-        before = trainer.restore() if settings.resume else None
-        if settings.resume:
-            world.say(f"resuming after step {trainer.done}" if before else f"no checkpoint in {out}: starting anew")
-        if before:
-            same = all(before.get(name) == getattr(settings, name) for name in ("eval", "max_eval", "eval_samples"))
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                base = json.loads((out / "eval.json").read_text())["base"]
-                if same and base["n"] == len(trainer.held_out):
-                    results["base"] = base
-        elif trainer.held_out:
-            evaluate("base")
-        finished = learn(trainer, out)
-        if world.rank == 0:
-            save_pretrained(trainer.model, out / "model")
-        world.meet()
-        if not finished:
-            return world.say(f"stopped after step {trainer.done}; the model so far is in {out / 'model'}; go on with "
-                             "--resume")
-    if trainer.held_out:
-        examples = evaluate("final")
-        print_table(world, results)
-        trainer.show(examples)
-    if not settings.eval_only:
-        world.say(f"\nthe model is in {out / 'model'}, the log in {out / 'metrics.jsonl'}")
-
-
-def learn(trainer: Trainer, out: Path) -> bool:
-    """The steps that are left, logged and saved; False if SIGINT or SIGTERM ended them early."""
-    settings, world, stop = trainer.settings, trainer.world, trainer.world.signals
-    warn = Warnings(world)
-    if world.rank == 0:
-        log = open_log(out / "metrics.jsonl", trainer.done)
-        board = open_tensorboard(settings.tensorboard, trainer.done)
-        for old in [] if trainer.done else checkpoints(settings):  # of another run, not to be resumed by mistake
-            world.say(f"removing {old}, since this run starts anew")
-            old.unlink()
-        for half in out.glob("*.tmp"):
-            world.say(f"removing {half}, which a run that was killed left half written")
-            half.unlink()
-
-    def stop_soon(number, frame):  # finish the step, save, leave; at once when asked twice
-        if stop:
-            raise KeyboardInterrupt
-        stop.append(number)
-    handlers = {number: signal.signal(number, stop_soon) for number in (signal.SIGINT, signal.SIGTERM)}
-    stopping = False
-    with world.bar(settings.steps, settings.method) as bar:
-        bar.update(trainer.done)
-        while trainer.done < settings.steps and not stopping:
-            line = trainer.step()
-            if world.rank == 0:
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                for name, value in line.items() if board else []:
-                    if value is not None:
-                        board.add_scalar(name, value, line["step"])
-            warn.about(line)
-            state = f"lambda {line['lambda'] or 0:.2f}, PRG {line['prg_rollouts'] or 0:.2f}"
-            bar.set_postfix_str(state)
-            bar.update()
-            stopping = world.sum(torch.tensor(float(bool(stop)), device=world.device)).item() > 0
-            if stopping or trainer.done % settings.save_every == 0 or trainer.done == settings.steps:
-                trainer.save()
-                world.say(f"step {trainer.done} of {settings.steps}: {state}, saved")
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return not stopping
-
-
-class Warnings:
-    """What the metrics say is going wrong, each once, with what to do."""
-    FLOOR, LONG = 0.01, 10  # nats per token; steps
-
-    def __init__(self, world: World):
-        self.world, self.said, self.collapsed = world, set(), 0
-
-    def about(self, line: dict):
-        """Look at a line of metrics.jsonl, in which what describes rollouts is None where there are none."""
-        if line["answered"] == 0:
-            self.once("unanswered", f"no rollout of step {line['step']} ends by itself with a readable answer, so all "
-                      "have PRG -1: raise --max_new_tokens, or let --method rd teach the form first")
-        floor = line["entropy"] is not None and (line["entropy"] < self.FLOOR or line["response_length"] < 2)
-        self.collapsed = self.collapsed + 1 if floor else 0
-        if self.collapsed == self.LONG:
-            self.once("collapsed", f"collapse: for {self.LONG} steps entropy ({line['entropy']:.4f} nats a token) or "
-                      f"length ({line['response_length']:.0f} tokens) of responses has been at its floor: lower --lr")
-
-    def once(self, what: str, sentence: str):
-        if what not in self.said:
-            self.said.add(what)
-            self.world.say(f"warning: {sentence}")
-
-
-def open_log(path: Path, steps: int):
-    """metrics.jsonl for appending, with the lines of the first `steps` steps kept."""
-    kept = path.read_text().splitlines(keepends=True)[:steps] if steps and path.exists() else []
-    put(path, lambda temporary: temporary.write_text("".join(kept)))
-    return open(path, "a")
-
-
-def open_tensorboard(folder: str, steps: int):
-    """A writer of TensorBoard's format, None for no folder, with the values of the first `steps` steps kept."""
-    if folder:
-        from torch.utils.tensorboard import SummaryWriter  # another package, so only where it is asked for
-        return SummaryWriter(folder, purge_step=steps + 1)
-
-
-def print_table(world: World, results: dict):
-    world.say("\n" + " " * 24 + "".join(f"{name:>8}" for name in results))
-    for key in results["final"]:
-        values = ["-" if result.get(key) is None else f"{result[key]:.3f}" if key != "n" else result[key]
-                  for result in results.values()]
-        world.say(f"{key:24}" + "".join(f"{value:>8}" for value in values))
-
-
-# ----------------------------------------------------------------------------------- the toy's base model
-
-def build_toy(world: World, folder=Path("out/toy")) -> Path:
-    """The toy's data, and a base model trained from scratch on what careless authors write; built once."""
-    if not folder.exists() and world.rank == 0:
+def build_toy(rank: int, device: torch.device, folder=Path("out/toy")) -> Path:
+    """The toy's data, and a base model trained on what careless authors write; built once."""
+    if rank == 0 and not folder.exists():
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         toy = data.Triage()
         vocab_size, end = toy.write(temporary)
         torch.manual_seed(0)
-        model = Decoder(Config(vocab_size, hidden_size=64, intermediate_size=192, num_hidden_layers=2,
-                               num_attention_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
-                               initializer_range=0.1, rope_parameters={"rope_type": "default", "rope_theta": 100.0}))
-        text, policy, rng = data.Text(temporary, [end]), Policy(model.to(world.device)), np.random.default_rng(1)
-        steps, size, lr = 180, 64, 1e-2
+        model = Decoder(Config(
+            vocab_size, hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
+            initializer_range=0.1, rope_parameters={"rope_type": "default", "rope_theta": 100.0}))
+        model.eos_ids = (end,)
+        policy = Policy(model.to(device))
+        text = data.Text(temporary, [end])
+        rng = np.random.default_rng(1)
+        steps, lr = 180, 1e-2
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
         for _ in tqdm(range(steps), "training the toy's base model", leave=False, disable=None):
-            records = [toy.record(rng, careless=True) for _ in range(size)]
-            pairs = [(text.prompt(r["prompt"]), text.response(r["reasoning"], r["answer"])) for r in records]
-            batch = [Sequence(prg.Trace(p + a, [len(p)], len(p + a)), len(p)) for p, a in pairs]
-            row, source, target, _ = response_cells(batch, world.device)
-            ids = nn.utils.rnn.pad_sequence([torch.tensor(x.ids) for x in batch], batch_first=True).to(world.device)
-            loss = -policy(ids, row, source, target).mean()
-            optimizer.zero_grad()
-            loss.backward()
+            traces = []
+            for _ in range(64):
+                record = toy.record(rng, careless=True)
+                prompt = text.prompt(record["prompt"])
+                response = text.response(record["reasoning"], record["answer"])
+                traces.append(prg.Trace(*text.parse(prompt, response)))
+            batch, = prg.pack(traces, copies=False, tokens=2**20, device=device)
+            hytuning.distillation_loss(policy(batch), batch.mask).backward()
             optimizer.step()
+            optimizer.zero_grad()
             schedule.step()
-        model.eos_ids = (end,)
         save_pretrained(model, temporary)
         try:
             os.replace(temporary, folder)
-        except OSError:  # another run has built it meanwhile
-            shutil.rmtree(temporary)
-    world.meet()
+        except OSError:
+            if not folder.exists():
+                raise
+            shutil.rmtree(temporary)  # another run was faster
+    barrier()
     return folder
 
 
-# ------------------------------------------------------------------------------------------- the study
+# -----------------------------------------------------------------------------
+# the run
 
-# For each method the learning rate and number of steps that were best on queries and seeds other than these.
-STUDY = {"rd": (2e-4, 120), "rlif": (5e-5, 10), "static": (1e-4, 60), "hytuning": (2e-4, 140)}
-T_95 = 2.776  # Student's t, two-sided, for the differences of five pairs
-
-
-def study(seeds=range(5), folder=Path("out/study")):
-    """All methods on the toy task, as a Markdown table. A seed is other traces, unlabeled and held-out queries and
-    samples, the same for all methods; base model and tables are shared. As many runs at once as there are cores."""
-    toy = build_toy(World("cpu"))
-    for seed in seeds:
-        data.Triage().write(folder / f"data-{seed}", seed, traces=256)
-
-    def run(method, seed):
-        out, (lr, steps) = folder / f"{method}-{seed}", STUDY[method]
-        files = {name: folder / f"data-{seed}/{name}.jsonl" for name in ("labeled", "unlabeled", "eval")}
-        options = {**TOY, **files, "model": toy, "method": method, "seed": seed, "lr": lr, "steps": steps, "out": out,
-                   "max_labeled": 16, "show": 0, "device": "cpu"}
-        done = subprocess.run([sys.executable, __file__, *(str(x) for k, v in options.items() for x in (f"--{k}", v))],
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-            raise UsageError(f"the run in {out} failed: {reason}")
-        return json.loads((out / "eval.json").read_text())
-    jobs = [(method, seed) for seed in seeds for method in STUDY]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = dict(zip(jobs, pool.map(lambda job: run(*job), jobs)))
-
-    columns = [name for name in found[jobs[0]]["final"] if name != "n"]
-    table = {"base": [found["rd", seed]["base"] for seed in seeds],
-             **{method: [found[method, seed]["final"] for seed in seeds] for method in STUDY}}
-    table = {name: np.array([[run[c] for c in columns] for run in runs], dtype=float) for name, runs in table.items()}
-
-    def row(name, values, scale, sign=""):
-        error = scale * values.std(0, ddof=1) / math.sqrt(len(values))
-        print(f"| {name} | " + " | ".join(f"{m:{sign}.3f} ± {e:.3f}" for m, e in zip(values.mean(0), error)) + " |")
-    print(f"Mean ± standard error of {len(seeds)} seeds; below, the paired difference to rd and its 95% interval.\n")
-    print("| | " + " | ".join(columns).replace("_", " ") + " |\n|---" + "|---" * len(columns) + "|")
-    for name, values in table.items():
-        row(name, values, 1)
-    for name in list(STUDY)[1:]:
-        row(f"{name} − rd", table[name] - table["rd"], T_95, sign="+")
-
-
-def main():
-    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1" else ""
-    for stream in (sys.stdout, sys.stderr):  # a character that the terminal does not know must not end a run
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        settings = parse_arguments()
-        study() if settings.study else train(settings)
-    except (CheckpointError, data.DataError, UsageError, OSError) as error:
-        print(f"error{rank}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"error{rank}: {str(error).splitlines()[0]} Lower --tokens_per_batch or --rollouts_per_batch, or use "
-              "--checkpoint_activations or --zero", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped at once; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
-        sys.exit(130)
+def main(argv=None):
+    """A whole run, with these command line arguments: evaluate, train, save, evaluate again."""
+    args = parse_arguments(argv)
+    rank, world_size, device = set_up(args)
+    if not args.model:
+        # So small a model is slower on more threads, much slower on a busy machine.
+        torch.set_num_threads(1)
+        toy = build_toy(rank, device)
+        args.model = str(toy)
+        args.labeled = str(toy / "labeled.jsonl")
+        args.unlabeled = str(toy / "unlabeled.jsonl")
+        args.eval = str(toy / "eval.jsonl")
+    out = Path(args.out)
+    if not args.eval_only and Path(args.model).resolve() == (out / "model").resolve():
+        raise UsageError(f"--model {args.model} is where this run writes: give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(args, rank, world_size, device)
+    results = {}
+    finished = True
+    if not args.eval_only:
+        base = trainer.restore() if args.resume else None
+        log = open_log(out / "metrics.jsonl", trainer.done) if rank == 0 else None
+        if trainer.held_out and base is None:
+            base = trainer.evaluate()
+        results["base"] = base
+        finished = train(trainer, log, base)
+        if rank == 0:
+            save_pretrained(trainer.model, out / "model")
+            trainer.say(f"the model is in {out / 'model'}, the log in {out / 'metrics.jsonl'}")
+    if finished and trainer.held_out:
+        results["final"] = trainer.evaluate()
+        if rank == 0:
+            name = "eval_only.json" if args.eval_only else "eval.json"
+            atomic_write(out / name, lambda path: path.write_text(json.dumps(results, indent=2)))
+            print_table(results)
+            trainer.show(args.show)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def open_log(path: Path, steps: int):
+    """metrics.jsonl for appending, with the lines of the first `steps` steps kept."""
+    kept = path.read_text().splitlines(keepends=True)[:steps] if steps else []
+    atomic_write(path, lambda temporary: temporary.write_text("".join(kept)))
+    return open(path, "a")
+
+
+def train(trainer: Trainer, log, base: dict | None) -> bool:
+    """The steps that are left, logged and saved; False if SIGINT or SIGTERM ended them early."""
+    args = trainer.args
+    stopping = False
+    hidden = True if trainer.rank else None  # None: shown on a terminal only
+    bar = tqdm(total=args.steps, initial=trainer.done, desc=args.method, disable=hidden)
+    with noted_signals() as signals, bar:
+        while trainer.done < args.steps and not stopping:
+            line = trainer.step()
+            if log is not None:
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+            bar.update()
+            # A signal may have come to one process only.
+            stopping = all_sum(torch.tensor(len(signals), device=trainer.device)).item() > 0
+            if stopping or trainer.done % args.save_every == 0 or trainer.done == args.steps:
+                trainer.save(base)
+                trainer.say(f"step {trainer.done} of {args.steps}: lambda {line['lambda']:.2f}, "
+                            f"PRG {line['prg_rollouts'] or 0:.2f}, saved")
+                if line["answered"] == 0:
+                    trainer.say("warning: no rollout ends by itself with a readable answer: raise "
+                                "--max_new_tokens, or teach the form with --method rd first")
+                if line["entropy"] is not None and line["entropy"] < 0.01:
+                    trainer.say("warning: collapse, the entropy of rollouts is near 0: lower --lr")
+    if stopping:
+        trainer.say(f"stopped after step {trainer.done}: --resume goes on")
+    return not stopping
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """A list that notes SIGINT and SIGTERM: finish the step, save, leave. A second acts at once."""
+    came = []
+    before = {}
+
+    def note(number, frame):
+        came.append(number)
+        signal.signal(number, before[number])
+
+    try:
+        if threading.current_thread() is threading.main_thread():  # no other may
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, note)
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def print_table(results: dict):
+    print("\n" + " " * 24 + "".join(f"{name:>8}" for name in results))
+    for key in results["final"]:
+        cells = ""
+        for result in results.values():
+            value = result[key]
+            cells += f"{value:8.3f}" if isinstance(value, float) else f"{value or '-':>8}"
+        print(f"{key:24}{cells}")
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (CheckpointError, data.DataError, UsageError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
