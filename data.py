@@ -223,7 +223,7 @@ def chat_template(folder: Path) -> str:
         if (folder / "chat_template.jinja").is_file():
             return (folder / "chat_template.jinja").read_text()
         config = json.loads((folder / "tokenizer_config.json").read_text())
-        return str(config.get("chat_template", ""))
+        return str(config.get("chat_template") or "")
     except (OSError, ValueError, AttributeError):
         return ""
 

@@ -521,6 +521,8 @@ def test_a_head_of_its_own_and_the_end_tokens_are_saved(tmp_path):
     assert generation == {"eos_token_id": [3, 9], "top_k": 5}
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert config["eos_token_id"] == [3, 9] and config["tie_word_embeddings"] is False
+    modes = [(tmp_path / "b" / name).stat().st_mode for name in ("config.json", "model.safetensors")]
+    assert modes[0] == modes[1], "who may read one may read the other"
 
 
 def half(path):
@@ -802,8 +804,10 @@ def make(kind: str, special=(), template: str = "", normalizer=None) -> Tokenize
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """(arguments of make) -> Text."""
-    def build(*arguments, eos_ids=(), max_steps=16, **more):
+    def build(*arguments, eos_ids=(), max_steps=16, chat_template=None, **more):
         folder = tmp_path_factory.mktemp("tokenizer")
+        config = {"bos_token": "<s>", "chat_template": chat_template}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
         make(*arguments, **more).save(str(folder / "tokenizer.json"))
         return data.Text(folder, eos_ids, max_steps=max_steps)
     return build
@@ -813,10 +817,11 @@ def build(tmp_path_factory):
 @pytest.mark.parametrize("special, template, bos, post", [
     (CHATML, CHATML_TEMPLATE, None, ""), (LLAMA3, LLAMA3_TEMPLATE, "<|begin_of_text|>", ""),
     (LLAMA3, LLAMA3_TEMPLATE, "<|begin_of_text|>", "<|begin_of_text|> $A"),
-    (["<s>", *CHATML], "{{ bos_token }}" + CHATML_TEMPLATE, "<s>", "<s> $A")])
+    (["<s>", *CHATML], "{{ bos_token }}" + CHATML_TEMPLATE, "<s>", "<s> $A"),
+    (["<s>", *CHATML], CHATML_TEMPLATE, "<s>", "<s> $A")])
 def test_a_prompt_is_that_of_the_chat_template(kind, special, template, bos, post, build):
     question = " 9 + 9\n = é? "
-    text = build(kind, special, post)
+    text = build(kind, special, post, chat_template=template)
     reference = transformers().PreTrainedTokenizerFast(
         tokenizer_object=make(kind, special, post), bos_token=bos)
     asked = f"{question.strip()}\n{data.INSTRUCTION.format(marker=data.MARKER)}"
@@ -932,6 +937,9 @@ def test_unlabeled_answers_are_never_read(tmp_path, build):
     text = build("bytes", CHATML)
     expected = [text.prompt("a"), text.prompt("b")]
     assert data.load_unlabeled(path, text, 500) == (expected, 0), "repeated ones once"
+    lower = build("bytes", CHATML, normalizer=normalizers.Lowercase())
+    write_lines(path, {"prompt": "a"}, {"prompt": "A"})
+    assert data.load_unlabeled(path, lower, 500) == ([lower.prompt("a")], 0), "the same to the model"
 
 
 @pytest.mark.parametrize("number", ["0.00001", "1e-05", "-3", "12345678901234567890.5"])
@@ -1139,6 +1147,14 @@ def test_the_saved_model_is_complete(toy_run, tmp_path, monkeypatch):
     assert tokenizer(text.decode(prompt)).input_ids == prompt
     ids = torch.tensor([prompt])
     close(reopened(folder)(ids).logits, ours(ids), 1e-4)
+
+
+def test_the_end_token_stays_the_first_of_several(trainer_for, toy_run, tmp_path):
+    """A run that starts from what another one saved must teach the same end."""
+    shutil.copytree(toy_run[0] / "out/toy", tmp_path / "toy")
+    edit_json(tmp_path / "toy" / "generation_config.json", eos_token_id=[1, 0])
+    trainer = trainer_for("--model", tmp_path / "toy")
+    assert trainer.text.end == 1 and trainer.model.eos_ids == (1, 0)
 
 
 def test_a_judge_that_does_not_understand_the_traces_is_named(trainer_for, tmp_path, capsys):

@@ -103,7 +103,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--device", help="cpu, cuda or cuda:N; none: a GPU if there is one")
     add("--dtype", choices=("float32", "bfloat16"),
         help="of the forward pass; none: bfloat16 on a GPU, float32 on a CPU")
-    add("--tokens_per_batch", type=int, default=16384, help="tokens of a pass, padding included")
+    add("--tokens_per_batch", type=int,
+        help="tokens of a pass, padding included; none: 16384 on a GPU, 1024 on a CPU")
     add("--rollouts_per_batch", type=int, default=512, help="sampled at a time, in each process")
     add("--checkpoint_activations", action="store_true",
         help="recompute activations: less memory, a third more time")
@@ -231,7 +232,9 @@ class Trainer:
                              "vocab_size: the two belong to different models")
         self.load_data()
 
-        args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        on_cuda = device.type == "cuda"
+        args.tokens_per_batch = args.tokens_per_batch or (16384 if on_cuda else 1024)
+        args.dtype = args.dtype or ("bfloat16" if on_cuda else "float32")
         self.dtype = getattr(torch, args.dtype)
         # The judge of PRG stays as it is: one that learned with the rollouts would come to agree
         # with their errors.
@@ -372,6 +375,7 @@ class Trainer:
         losses = torch.zeros(2, device=self.device)
         for number, (batch, supervised) in enumerate(batches, 1):
             # Processes exchange gradients once, in the last backward pass.
+            # (An unwrapped policy does not look at this.)
             self.policy.require_backward_grad_sync = number == len(batches)
             with self.autocast():
                 # The DDP wrapper, not its .module, or gradients are not exchanged.
