@@ -240,9 +240,9 @@ class Text:
         self.marker = marker
         self.max_steps = max_steps
         self.tokenizer, self.first = load_tokenizer(Path(folder) / "tokenizer.json")
-        ids = self.tokenizer.get_vocab()
-        del ids[ANCHOR]
-        self.vocab_size = max(ids.values()) + 1
+        vocab = self.tokenizer.get_vocab()
+        del vocab[ANCHOR]
+        self.vocab_size = max(vocab.values()) + 1
         self.template = None
         self.end = next(iter(eos_ids), None)
         for template, end in CHATS:

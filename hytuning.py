@@ -2,16 +2,17 @@
 share one update. For rollout j, one of a group of G that answer the same query:
 
     c_j = self-certainty, the mean over its tokens
-    w_j = 2 sigmoid(min((PRG_j - a) / max(a, 0.05), 0) / tau)     earned as well as by the traces?
-    e_j = (1/G) sum of w_i      over those i of the group that    share that has earned j's answer
-    r_j = (1/G) sum of w_i c_i  give the same answer as j         the reward
-    A_j = (r_j - mean of the group) / std of the group            GRPO's advantage
-    L   = (1 - lambda) L_RD + lambda L_RLIF                       with lambda = mean_j e_j
+    w_j = 2 sigmoid(min((PRG_j - a) / max(a, 0.05), 0) / tau)    its weight
+    r_j = (1/G) sum_{i~j} w_i c_i                                its reward
+    e_j = (1/G) sum_{i~j} w_i                                    the share that earned its answer
+    A_j = (r_j - mean of the group) / std of the group           its advantage (GRPO)
+    L   = (1 - lambda) L_RD + lambda L_RLIF                      lambda: mean e of all rollouts
 
-The anchor a is the mean PRG of the supervised traces. They may be wrong too, so in L_RD trace i
-counts v_i = w_i / mean w. No gradient flows through w, v, e, r, A or lambda: only through the
-log-probabilities of the tokens. Means take an optional global count, so that the losses of
-micro-batches and processes add up to the loss of the whole batch.
+i~j: i is in j's group and gives the same answer. The anchor a is the mean PRG of the supervised
+traces. They may be wrong too, so in L_RD trace i counts v_i = w_i / mean w. No gradient flows
+through w, v, e, r, A or lambda: only through the log-probabilities of the tokens. Means take an
+optional global count, so that the losses of micro-batches and processes add up to the loss of the
+whole batch.
 
 This file imports nothing of the project, so it can be taken alone. Next to read: model.py.
 
@@ -87,9 +88,9 @@ def pool_by_answer(values: Tensor, answers: Tensor, group_size: int) -> Tensor:
     """For each rollout j, [N]: (1/G) sum of values_i over those of its group that give its answer.
 
     values [N] and answers [N] (any numbers, equal where two rollouts of a group give the same
-    answer) lie in consecutive groups of G. One rollout's PRG is a weak witness, since reasoning
-    that is wrong may be steady too; what all that reach an answer have earned, each in its own way,
-    is a strong one. With all values 1 it is the share of the vote (TTRL, arXiv 2504.16084).
+    answer) lie in consecutive groups of G. One rollout's PRG is weak evidence, since reasoning
+    that is wrong may be steady too; that of all rollouts which reach an answer, each in its own
+    way, is strong. With all values 1 it is the share of the vote (TTRL, arXiv 2504.16084).
     """
     x = values.detach().view(-1, group_size)  # [Q, G]
     y = answers.view(-1, group_size)
@@ -120,7 +121,7 @@ def distillation_loss(logprobs: Tensor, mask: Tensor, tokens=None) -> Tensor:
     """L_RD = -sum(mask * log pi(token)) / tokens, in nats: the negative log-likelihood of a token.
 
     logprobs [B, T] of the supervised traces; mask [B, T] is 1, or the trace's weight v, for their
-    response tokens and 0 in the padding; tokens, their number, defaults to mask.sum().
+    response tokens and 0 in the padding; the divisor `tokens` defaults to mask.sum().
     """
     if tokens is None:
         tokens = mask.sum()

@@ -499,7 +499,8 @@ class Sampler:
     """The state of `generate`, on the device: all that a decode step reads and writes.
 
     Of n samples in all, R = Q x S are still in the batch: Q queries with S samples each, some of
-    which may have finished. `rows` says which ones; so `out` has n rows and `token` has R.
+    which may have finished. rows[q, s] is a sample's number among the n; so `out` has n rows, and
+    `token` has R.
     """
 
     def __init__(self, model: Decoder, prompts, samples: int, new: int, temperature: float,
@@ -607,10 +608,11 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
                 seed, statistic)
     s.prefill(prompts)
     on_cuda = s.out.is_cuda
-    bucket = 128 if on_cuda else 1  # so many slots of the cache come into use at a time
+    # The part of the cache that is looked at grows by so many slots; each time a graph is captured.
+    bucket = 128 if on_cuda else 1
     step = None
     for n in range(1, max_new_tokens):
-        # Only here, every 16 tokens, does the loop wait for values from the device.
+        # Between captures the loop waits for values from the device only here, every 16 tokens.
         if n % 16 == 0 and s.compact():
             step = None
         if s.rows.numel() == 0:

@@ -62,7 +62,8 @@ class Trace:
 @dataclass
 class Packed:
     """Traces laid out for one pass. A row is a tree: a prompt, then responses to it, and for the
-    support, behind each, a copy of marker and answer for every cut:
+    support, behind each (which then ends before its marker), a copy of marker and answer for every
+    cut:
 
         prompt | response 1 | copy 0 | copy 1 | ... | response 2 | copy 0 | copy 1 | ...
 
@@ -70,9 +71,10 @@ class Packed:
     sees its response up to the cut. Positions are those of separate texts, so log-probabilities are
     those of separate passes.
 
-    Each response or copy starts one token early: with the prompt's last token, or the last one
-    before its cut. That slot predicts its first token, so all of its tokens are predicted inside
-    it, and a missing marker or a prompt of one token needs no special case.
+    Each response or copy starts one token early: with the prompt's last token (which the prompt
+    then leaves out), or the last one before its cut. That slot predicts its first token, so all of
+    its tokens are predicted inside it, and a missing marker or a prompt of one token needs no
+    special case.
     """
     input_ids: Tensor  # [B, W]
     position_ids: Tensor  # [B, W]
@@ -99,8 +101,8 @@ def pack(traces: list[Trace], copies: bool, tokens: int = 2048, width: int = 102
         if copies:
             if not trace.answer:
                 continue
-            copy = trace.answer_end - trace.cuts[-1]
-            size = trace.cuts[-1] - trace.cuts[0] + len(trace.cuts) * copy
+            copy_size = trace.answer_end - trace.cuts[-1]
+            size = trace.cuts[-1] - trace.cuts[0] + len(trace.cuts) * copy_size
         if rows and traces[rows[-1][0]].prompt == trace.prompt and widths[-1] + size <= width:
             rows[-1].append(i)
             widths[-1] += size
@@ -149,9 +151,9 @@ def lay_out(traces: list[Trace], rows: list[list[int]], copies: bool, device=Non
                 for k, cut in enumerate(trace.cuts):
                     found.append((i, k, b, filled + trace.answer_start - end))
                     targets.append(trace.answer)
-                    copy = trace.tokens[cut - 1:cut] + trace.tokens[end:trace.answer_end - 1]
-                    slots.append(stretch(copy, cut - 1, response, copy=k + 1))
-                    filled += len(copy)
+                    tokens = trace.tokens[cut - 1:cut] + trace.tokens[end:trace.answer_end - 1]
+                    slots.append(stretch(tokens, cut - 1, response, copy=k + 1))
+                    filled += len(tokens)
             else:
                 found.append((i, 0, b, filled))
                 targets.append(trace.response)

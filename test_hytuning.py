@@ -521,8 +521,8 @@ def test_a_head_of_its_own_and_the_end_tokens_are_saved(tmp_path):
     assert generation == {"eos_token_id": [3, 9], "top_k": 5}
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert config["eos_token_id"] == [3, 9] and config["tie_word_embeddings"] is False
-    modes = [(tmp_path / "b" / name).stat().st_mode for name in ("config.json", "model.safetensors")]
-    assert modes[0] == modes[1], "who may read one may read the other"
+    mode = (tmp_path / "b" / "config.json").stat().st_mode
+    assert (tmp_path / "b" / "model.safetensors").stat().st_mode == mode, "the same may read both"
 
 
 def half(path):
@@ -939,7 +939,7 @@ def test_unlabeled_answers_are_never_read(tmp_path, build):
     assert data.load_unlabeled(path, text, 500) == (expected, 0), "repeated ones once"
     lower = build("bytes", CHATML, normalizer=normalizers.Lowercase())
     write_lines(path, {"prompt": "a"}, {"prompt": "A"})
-    assert data.load_unlabeled(path, lower, 500) == ([lower.prompt("a")], 0), "the same to the model"
+    assert data.load_unlabeled(path, lower, 500) == ([lower.prompt("a")], 0), "alike to the model"
 
 
 @pytest.mark.parametrize("number", ["0.00001", "1e-05", "-3", "12345678901234567890.5"])
@@ -1299,7 +1299,7 @@ def test_a_run_in_bfloat16_stays_near_float32(trainer_for):
     for dtype in ("float32", "bfloat16"):
         trainer = trainer_for("--dtype", dtype, "--group_size", 4, "--steps", 4, "--lr", 1e-3)
         lines[dtype] = [trainer.step() for _ in range(4)]
-    assert trainer.sampler.lm_head.weight.dtype == trainer.judge.lm_head.weight.dtype
+    assert trainer.sampling_model.lm_head.weight.dtype == trainer.judge.lm_head.weight.dtype
     assert trainer.judge.lm_head.weight.dtype == torch.bfloat16
     assert trainer.model.lm_head.weight.dtype == torch.float32
     for a, b in zip(lines["float32"], lines["bfloat16"]):

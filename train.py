@@ -156,8 +156,8 @@ def set_up(args) -> tuple[int, int, torch.device]:
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # With a mask its gradients are NaN at some lengths on Hopper (pytorch issue 196678), and it
-        # plans anew for every shape.
+        # With a mask, cuDNN's attention has NaN gradients at some lengths on Hopper (pytorch issue
+        # 196678), and it plans anew for every shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -240,9 +240,9 @@ class Trainer:
         # with their errors.
         self.judge = copy.deepcopy(self.model).requires_grad_(False).to(self.dtype)
         # Trained weights stay in float32; sampling reads them twice as fast from a bfloat16 copy.
-        self.sampler = self.model
+        self.sampling_model = self.model
         if self.dtype != torch.float32:
-            self.sampler = copy.deepcopy(self.judge)
+            self.sampling_model = copy.deepcopy(self.judge)
         self.policy = Policy(self.model)
         if world_size > 1:
             self.policy = DistributedDataParallel(self.policy, gradient_as_bucket_view=True)
@@ -415,9 +415,9 @@ class Trainer:
 
     def sample(self, prompts, samples: int, temperature: float, seed, bar: str = ""):
         """N = prompts x samples responses as prg.Trace; their certainty and entropy, [2, N]."""
-        if self.sampler is not self.model:
+        if self.sampling_model is not self.model:
             with torch.no_grad():
-                for mine, trained in zip(self.sampler.parameters(), self.model.parameters()):
+                for mine, trained in zip(self.sampling_model.parameters(), self.model.parameters()):
                     mine.copy_(trained)
         traces = [None] * len(prompts)
         seen = torch.zeros(2, len(prompts), samples, dtype=torch.double, device=self.device)
@@ -428,8 +428,8 @@ class Trainer:
         for start in tqdm(range(0, len(order), size), bar, leave=False, disable=hidden or None):
             batch = order[start:start + size]
             groups, means = generate(
-                self.sampler, [prompts[i] for i in batch], samples_per_prompt=samples, seed=seed,
-                max_new_tokens=self.args.max_new_tokens, temperature=temperature,
+                self.sampling_model, [prompts[i] for i in batch], samples_per_prompt=samples,
+                max_new_tokens=self.args.max_new_tokens, temperature=temperature, seed=seed,
                 eos_ids=self.text.ends, statistic=certainty_and_entropy)
             seen[:, batch] = means.double()
             for i, group in zip(batch, groups):
@@ -712,7 +712,8 @@ def train(trainer: Trainer, log, base: dict | None) -> bool:
             stopping = all_sum(torch.tensor(len(signals), device=trainer.device)).item() > 0
             if stopping or trainer.done % args.save_every == 0 or trainer.done == args.steps:
                 trainer.save(base)
-                trainer.say(f"step {trainer.done} of {args.steps}: lambda {line['lambda']:.2f}, "
+                trainer.say(f"step {trainer.done} of {args.steps}: "
+                            f"lambda {line['lambda'] or 0:.2f}, "
                             f"PRG {line['prg_rollouts'] or 0:.2f}, saved")
                 if line["answered"] == 0:
                     trainer.say("warning: no rollout ends by itself with a readable answer: raise "
