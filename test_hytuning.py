@@ -1582,6 +1582,12 @@ def test_torchrun_names_the_process_that_died(worlds):
     assert re.search(r"rank\s*: 1 ", report) and "exitcode  : -9" in report
 
 
+def test_a_damaged_checkpoint_is_named(trainer_for, tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK")
+    with pytest.raises(train.UsageError, match="checkpoint.pt cannot be read"):
+        trainer_for("--out", tmp_path).restore()
+
+
 @pytest.mark.parametrize("more, named", [
     (["--lr", 1], "--lr"), (["--group_size", 3], "--group_size"), (["--seed", 1], "--seed")])
 def test_a_run_resumed_with_other_settings_is_refused_by_name(more, named, worlds, monkeypatch):

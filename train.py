@@ -587,7 +587,11 @@ class Trainer:
         if found < self.world_size:
             raise UsageError(f"{path} is not on all machines: give an --out on a shared disk")
         # On the CPU first: never twice on the GPU.
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # of many kinds
+            reason = str(error).split("\n")[0]
+            raise UsageError(f"{path} cannot be read ({reason}): remove it, or use another --out")
         for name, now in vars(self.args).items():
             before = state["args"].get(name)
             if before != now and name not in MAY_CHANGE:
