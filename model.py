@@ -541,7 +541,8 @@ class Sampler:
             logits.append(self.model.lm_head(hidden))
         logits = torch.cat(logits).repeat_interleave(self.rows.shape[1], dim=0)  # [n, V]
         if self.statistic is not None:
-            self.total = torch.zeros_like(self.statistic(logits.float()))  # [..., n]
+            one = self.statistic(logits[:1].float())  # [..., 1], for its shape
+            self.total = one.new_zeros(*one.shape[:-1], len(logits))
         self.choose(logits)
 
     def step(self):
@@ -591,10 +592,9 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
     """Sample continuations: result[prompt][sample] is a list of new ids, the end token included.
 
     temperature 0 is greedy; top_p keeps the smallest set of tokens with at least that probability,
-    and what is as probable as the last of them.
-    A sample's random numbers depend on (seed, its prompt's ids, its number) alone, not on what else
-    is in the batch; a prompt given twice in a call goes on with new numbers. seed is an int, or a
-    tuple of ints and strings.
+    and what is as probable as the last of them. A sample's random numbers depend on (seed, its
+    prompt's ids, its number) alone, not on what else is in the batch; a prompt given twice in a
+    call goes on with new numbers. seed is an int, or a tuple of ints and strings.
 
     With statistic(logits [R, V]) -> [..., R] the result is a pair: the samples, and the statistic's
     mean over the tokens of each, [..., prompts, samples]. It sees float32 logits, before

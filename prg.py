@@ -166,11 +166,12 @@ def lay_out(traces: list[Trace], rows: list[list[int]], copies: bool, device=Non
     table = F.pad(table, (0, 0, 0, -table.shape[1] % 8)).to(device)
     ids, position, response, copy, start = table.unbind(-1)  # [B, W] each
     trace, step, row, first = torch.tensor(found, device=device).T  # [n] each
-    mask = pad_sequence([torch.ones(len(x), dtype=torch.bool) for x in targets], batch_first=True)
-    mask = mask.to(device)  # [n, T]
+    lengths = torch.tensor([len(x) for x in targets], device=device)
     targets = [torch.tensor(x, dtype=torch.long) for x in targets]
     targets = pad_sequence(targets, batch_first=True).to(device)  # [n, T]
-    slots = (row * table.shape[1] + first)[:, None] + torch.arange(mask.shape[1], device=device)
+    t = torch.arange(targets.shape[1], device=device)
+    mask = t < lengths[:, None]  # [n, T]
+    slots = (row * table.shape[1] + first)[:, None] + t
     attention_mask = tree_mask(position, response, copy, start)
     return Packed(ids, position, attention_mask, trace, step, slots * mask, targets, mask)
 

@@ -315,7 +315,7 @@ class Trainer:
 
         # 2. judge: how far did the reasoning earn the answer? (PRG of the frozen starting model)
         gains = self.measure_prg(self.judge, rollouts)  # [N] PRG, -1 where there is no answer
-        answered = self.column([x.answer_end > x.answer_start for x in rollouts])  # [N] 0 or 1
+        answered = self.column([len(x.answer) > 0 for x in rollouts])  # [N] 0 or 1
         clock.append(self.now())
 
         # 3. certainty: what the sampler saw (c)
@@ -419,7 +419,7 @@ class Trainer:
             with torch.no_grad():
                 for mine, trained in zip(self.sampling_model.parameters(), self.model.parameters()):
                     mine.copy_(trained)
-        traces = [None] * len(prompts)
+        traces = [None] * (len(prompts) * samples)
         seen = torch.zeros(2, len(prompts), samples, dtype=torch.double, device=self.device)
         # Prompts of like length together, since a batch is as wide as its longest.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -433,8 +433,9 @@ class Trainer:
                 eos_ids=self.text.ends, statistic=certainty_and_entropy)
             seen[:, batch] = means.double()
             for i, group in zip(batch, groups):
-                traces[i] = [self.trace(prompts[i], response) for response in group]
-        return sum(traces, []), seen.flatten(1)
+                rollouts = [self.trace(prompts[i], response) for response in group]
+                traces[i * samples:(i + 1) * samples] = rollouts
+        return traces, seen.flatten(1)
 
     def trace(self, prompt: list[int], response: list[int]) -> prg.Trace:
         return prg.Trace(*self.text.parse(prompt, response))
@@ -591,7 +592,8 @@ class Trainer:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # of many kinds
             reason = str(error).split("\n")[0]
-            raise UsageError(f"{path} cannot be read ({reason}): remove it, or use another --out")
+            raise UsageError(f"{path} cannot be read ({reason}): remove it, or use another "
+                             "--out") from None
         for name, now in vars(self.args).items():
             before = state["args"].get(name)
             if before != now and name not in MAY_CHANGE:
