@@ -483,13 +483,16 @@ class Triage:
 
     A query lists findings, most of which point to one condition. A trace says line by line what
     each points to, then names the condition that came up most. The base model learns from careless
-    authors, who are right less than half the time; of every third finding they state a *popular
-    misconception* more often than the truth. So support for an answer rises as findings agree, and
-    a trace that goes wrong can end confident and wrong: what HyTuning is made for.
+    authors, whose lines are right less than half the time; of every third finding they state a
+    *popular misconception* more often than the truth. And a third of them conclude nothing: they
+    name one condition that is in fashion, whatever their lines say. So there are answers that are
+    given with confidence and were not earned, which is what HyTuning is made for.
     """
     FINDINGS, CONDITIONS = 192, 8
     # In a query, and of these how many point to its condition.
     LISTED, AGREEING = 6, 4
+    # The share of careless authors who name the first condition, whatever their lines say.
+    FASHION = 1 / 3
 
     def __init__(self, seed: int = 0):
         rng = np.random.default_rng([seed, 0])
@@ -537,6 +540,8 @@ class Triage:
             reasoning.append(f"{i} {self.findings[finding]} suggests {stated[-1]}")
         # The condition stated most often, the first of equals.
         answer = max(stated, key=stated.count)
+        if careless and rng.random() < self.FASHION:
+            answer = self.conditions[0]
         return {"prompt": "\n".join(findings), "reasoning": "\n".join(reasoning), "answer": answer}
 
     def write(self, folder, seed=0, traces=16, queries=2000, held_out=200) -> tuple[int, int]:

@@ -12,6 +12,8 @@ SPDX-License-Identifier: MIT
 """
 from dataclasses import dataclass
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -247,16 +249,34 @@ def progressive_reasoning_gain(support: Tensor, mask: Tensor) -> Tensor:
 # -----------------------------------------------------------------------------
 # can the confidence be believed?
 
-def expected_calibration_error(confidence, correct, bins: int = 10) -> float:
-    """Mean distance of confidence and accuracy over equal bins of confidence, weighted by size.
+def reliability(confidence, correct, bins: int = 10) -> list[tuple[float, float, int]]:
+    """(mean confidence, share that is right, number) of each equal bin of confidence that holds any.
 
-    confidence [N] in [0, 1], correct [N] bool or 0/1; NaN for no data. Guo et al., 1706.04599.
-    This and the two below raise ValueError for other values, NaN included, and unequal lengths.
+    confidence [N] in [0, 1], correct [N] bool or 0/1. Where confidence can be believed, the first
+    two are equal. This and the three below raise ValueError for other values, NaN included, and
+    unequal lengths.
     """
     confidence, correct = as_columns(confidence, correct)
     index = (confidence * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.double).index_add(0, index, confidence - correct)
-    return (gaps.abs().sum() / len(confidence)).item()
+    rows = []
+    for b in index.unique():
+        inside = index == b
+        number = inside.sum().item()
+        rows.append((confidence[inside].mean().item(), correct[inside].mean().item(), number))
+    return rows
+
+
+def expected_calibration_error(confidence, correct, bins: int = 10) -> float:
+    """Mean distance of confidence [N] and accuracy over the bins above, weighted by their numbers.
+
+    NaN for no data. Guo et al., 1706.04599.
+    """
+    total = 0
+    distance = 0.0
+    for mean, right, number in reliability(confidence, correct, bins):
+        total += number
+        distance += number * abs(mean - right)
+    return distance / total if total else math.nan
 
 
 def brier_score(confidence, correct) -> float:

@@ -245,6 +245,11 @@ def test_calibration_measures_are_their_definitions(votes):
         bins.setdefault(min(10 * k // n, 9), []).append(k / n - right)
     expected = sum(abs(sum(gaps)) for gaps in bins.values()) / len(votes)
     close(expected_calibration_error(confidence, correct), expected)
+    rows = prg.reliability(confidence, correct)
+    assert [number for _, _, number in rows] == [len(bins[b]) for b in sorted(bins)]
+    for (mean, right, _), b in zip(rows, sorted(bins)):
+        close(mean - right, sum(bins[b]) / len(bins[b]))
+        assert min(int(10 * mean + 1e-9), 9) == b
     errors = [(k / n - right)**2 for k, n, right in votes]
     close(brier_score(confidence, correct), sum(errors) / len(votes))
     pairs = []
@@ -1043,12 +1048,20 @@ def test_a_careful_author_is_right():
         assert record["answer"] == task.conditions[first] and votes > second
 
 
-def test_careless_authors_are_right_about_half_of_the_time_and_share_misconceptions():
+def test_careless_authors_err_share_misconceptions_and_follow_the_fashion():
     task, rng = data.Triage(), data.np.random.default_rng(0)
     stated = [Counter() for _ in task.findings]
+    unearned = Counter()
     for _ in range(2500):
-        for finding, condition in statements(task, task.record(rng, careless=True)["reasoning"]):
+        record = task.record(rng, careless=True)
+        lines = statements(task, record["reasoning"])
+        votes = Counter(condition for _, condition in lines)
+        if task.conditions[votes.most_common(1)[0][0]] != record["answer"]:
+            unearned[record["answer"]] += 1
+        for finding, condition in lines:
             stated[finding][condition] += 1
+    assert list(unearned) == [task.conditions[0]]
+    assert unearned.total() / 2500 == pytest.approx(1 / 3 * 7 / 8, abs=0.04)
     right = [counts[task.truth[f]] / counts.total() for f, counts in enumerate(stated)]
     assert 0.35 < sum(right) / len(right) < 0.65
     popular = [counts.most_common(1)[0][0] for counts in stated]
@@ -1089,6 +1102,12 @@ def outcome(out) -> tuple[list[dict], dict]:
     """(lines of metrics.jsonl, final weights)"""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return lines, load_file(out / "model" / "model.safetensors")
+
+
+def flat(result: dict) -> dict:
+    """An evaluation as numbers alone, which approx compares."""
+    rows = {f"bin {i}": x for i, x in enumerate(sum(map(list, result["reliability"]), []))}
+    return {**{name: result[name] for name in result if name != "reliability"}, **rows}
 
 
 def files_of(folder) -> list:
@@ -1139,7 +1158,7 @@ def test_the_saved_model_is_complete(toy_run, tmp_path, monkeypatch):
                 "--eval_samples", "4", "--out", "again é"])
     again = json.loads((tmp_path / "again é" / "eval_only.json").read_text())
     before = json.loads((cwd / "out/run/eval.json").read_text())
-    assert again["final"] == pytest.approx(before["final"])
+    assert flat(again["final"]) == pytest.approx(flat(before["final"]))
     ours = load_pretrained(folder)
     text = data.Text(folder, ours.eos_ids)
     prompt = text.prompt(data.read_jsonl(cwd / "out/toy/eval.jsonl")[0][1]["prompt"])
@@ -1208,9 +1227,11 @@ def watch(trainer):
     return line, *update.call_args.args[:3]
 
 
-def test_a_step_makes_of_its_rollouts_what_the_method_says(trainer_for):
+@pytest.mark.parametrize("method", train.METHODS[1:])
+def test_a_step_makes_of_its_rollouts_what_the_method_says(method, trainer_for):
     """Everything by definition, with a pass for each text: PRG, w, c, r, A, lambda."""
-    trainer = trainer_for("--group_size", 4, "--queries_per_step", 3, "--temperature", 1.3)
+    trainer = trainer_for("--group_size", 4, "--queries_per_step", 3, "--temperature", 1.3,
+                          "--method", method)
     line, rollouts, A, lam = watch(trainer)
     text, judge = trainer.text, trainer.judge  # the model has not been trained before
     answers = [text.answer(x.response) for x in rollouts]
@@ -1218,7 +1239,8 @@ def test_a_step_makes_of_its_rollouts_what_the_method_says(trainer_for):
     c = []
     for x, answer in zip(rollouts, answers):
         gain = gain_by_definition(separate_passes(judge, x))
-        w.append(weight_by_definition(gain, trainer.anchor, 0.5) if answer else 0.0)
+        weight = weight_by_definition(gain, trainer.anchor, 0.5) if method == "hytuning" else 1
+        w.append(weight if answer else 0)
         logits = judge(torch.tensor([x.tokens]))[0, x.cuts[0] - 1:-1]
         c.append(self_certainty(logits).mean().item())
     shares = []
@@ -1230,10 +1252,15 @@ def test_a_step_makes_of_its_rollouts_what_the_method_says(trainer_for):
             same = [i for i in group if i == j or answers[i] and answers[j]
                     and data.answers_match(answers[i], answers[j])]
             shares.append(sum(w[i] for i in same) / 4)
-            rewards.append(sum(w[i] * c[i] for i in same) / 4)
+            if method in ("rlif", "static"):
+                rewards.append(c[j])
+            else:
+                rewards.append(sum(w[i] * c[i] for i in same) / 4)
         r = torch.tensor(rewards, dtype=torch.double)
         close(A[start:start + 4], (r - r.mean()) / (r.std(unbiased=False) + 1e-4), 1e-3)
-    assert lam == line["lambda"] == pytest.approx(sum(shares) / 12, rel=1e-4)
+    lam_of = {"rlif": 1, "static": 0.5}.get(method, sum(shares) / 12)
+    assert lam == line["lambda"] == pytest.approx(lam_of, rel=1e-4)
+    assert (len(set(trainer.v.tolist())) > 1) == (method == "hytuning")
     assert line["self_certainty"] == pytest.approx(sum(c) / 12, rel=1e-4)
     assert line["answered"] == sum(map(bool, answers)) / 12
     assert line["undecided"] == sum(a == 0 for a in A.tolist()) / 12
@@ -1340,10 +1367,24 @@ def test_an_evaluation_is_its_definition_whatever_the_batches(toy_run, trainer_f
         ece=expected_calibration_error(confidence, correct),
         brier=brier_score(confidence, correct),
         auroc=auroc(confidence, correct) if 0 < sum(correct) < 9 else None)
-    assert result == pytest.approx(expected, abs=1e-5)
+    expected["reliability"] = prg.reliability(confidence, correct)
+    assert flat(result) == pytest.approx(flat(expected), abs=1e-5)
     for size in (1, 13):
         trainer.args.rollouts_per_batch = size
-        assert trainer.evaluate() == pytest.approx(result)
+        assert flat(trainer.evaluate()) == pytest.approx(flat(result))
+
+
+def test_the_reliability_diagram_is_drawn_to_scale(capsys):
+    measures = {"accuracy": 0.25, "auroc": None, "n": 8}
+    base = {**measures, "reliability": [(0.25, 0.5, 6), (1.0, 0.0, 2)]}
+    train.print_results({"base": base, "final": {**base, "reliability": [(0.5, 1.0, 8)]}})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[1:5]] == [
+        ["base", "final"], ["accuracy", "0.250", "0.250"], ["auroc", "-", "-"], ["n", "8", "8"]]
+    diagram = [line for line in lines if line.startswith("  ") and " of " in line]
+    assert diagram == ["  0.25  " + "#" * 10 + "|" + "#" * 9 + " " * 21 + "  0.50 of 6",
+                       "  1.00  " + " " * 40 + "|  0.00 of 2",
+                       "  0.50  " + "#" * 20 + "|" + "#" * 19 + " " * 1 + "  1.00 of 8"]
 
 
 def test_random_numbers_are_never_used_twice(trainer_for):
@@ -1541,7 +1582,7 @@ def test_any_number_of_processes_makes_the_run_of_one(name, worlds):
     found = json.loads((worlds[0] / name / "eval.json").read_text())
     assert expected["final"]["n"] == (2 if "idle" in name else 9)
     for when in ("base", "final"):
-        assert found[when] == pytest.approx(expected[when], abs=1e-5)
+        assert flat(found[when]) == pytest.approx(flat(expected[when]), abs=1e-5)
 
 
 @pytest.mark.parametrize("name, steps", [("uneven-2", 5), ("uneven-3", 5), ("idle-2", 3),

@@ -55,6 +55,8 @@ class UsageError(ValueError):
 MAY_CHANGE = ("steps", "out", "resume", "save_every", "show", "device", "tokens_per_batch",
               "rollouts_per_batch", "checkpoint_activations", "zero")
 
+METHODS = ("rd", "rlif", "static", "votes", "hytuning")
+
 # Defaults where there is no --model.
 TOY = dict(max_prompt_tokens=64, max_new_tokens=48, steps=80, lr=2e-4, tokens_per_batch=4096)
 
@@ -79,7 +81,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--max_steps", type=int, default=16, help="steps of a trace; more are merged evenly")
 
     add = parser.add_argument_group("method").add_argument
-    add("--method", choices=("hytuning", "rd", "rlif", "static"), default="hytuning")
+    add("--method", choices=METHODS, default="hytuning",
+        help="rd: traces alone; rlif: certainty alone; static: both, half and half; votes: "
+             "certainty pooled by answer, and lambda adapts; hytuning: votes, weighed by PRG")
     add("--queries_per_step", type=int, default=16, help="Q, over all processes")
     add("--group_size", type=int, default=8, help="G, rollouts of a query")
     add("--traces_per_step", type=int, default=16, help="over all processes")
@@ -322,9 +326,11 @@ class Trainer:
         c, entropy = seen  # [N] each
 
         # 4. pool by answer: rewards r, earned shares e
-        if args.method == "hytuning":
+        if args.method in ("votes", "hytuning"):
             # What has no answer has earned nothing, however little the gate would let through.
-            w = hytuning.adaptive_weights(gains, self.anchor, args.tau) * answered  # [N]
+            w = answered  # [N]
+            if args.method == "hytuning":
+                w = w * hytuning.adaptive_weights(gains, self.anchor, args.tau)
             answers = self.answer_numbers(rollouts)  # [N]
             r = hytuning.pool_by_answer(w * c, answers, G)  # [N]
             e = hytuning.pool_by_answer(w, answers, G)  # [N]
@@ -340,9 +346,8 @@ class Trainer:
                    "response_length": self.column([len(x.response) for x in rollouts])}
         sums = all_sum(torch.stack(list(columns.values())).sum(1))  # over all processes
         totals = dict(zip(columns, sums.tolist()))
-        lam = totals["earned"] / max(totals["N"], 1)
-        if args.method != "hytuning":
-            lam = {"rd": 0.0, "rlif": 1.0, "static": 0.5}[args.method]
+        earned = totals["earned"] / max(totals["N"], 1)
+        lam = {"rd": 0.0, "rlif": 1.0, "static": 0.5}.get(args.method, earned)
 
         # 6. one update on (1 - lambda) L_RD + lambda L_RLIF
         L_RD, L_RLIF, grad_norm = self.update(rollouts, A, lam, totals["N"])
@@ -538,7 +543,8 @@ class Trainer:
             "confidence_when_wrong": confidence[correct == 0].mean().item(),
             "ece": prg.expected_calibration_error(confidence, correct),
             "brier": prg.brier_score(confidence, correct), "auroc": prg.auroc(confidence, correct),
-            "prg": gain.mean().item(), "n": len(rows)}
+            "prg": gain.mean().item(), "n": len(rows),
+            "reliability": prg.reliability(confidence, correct)}
         # NaN, where nothing is wrong, is not JSON.
         return {name: None if value != value else value for name, value in result.items()}
 
@@ -688,7 +694,7 @@ def main(argv=None):
         if rank == 0:
             name = "eval_only.json" if args.eval_only else "eval.json"
             atomic_write(out / name, lambda path: path.write_text(json.dumps(results, indent=2)))
-            print_table(results)
+            print_results(results)
             trainer.show(args.show)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -751,14 +757,22 @@ def noted_signals():
             signal.signal(number, handler)
 
 
-def print_table(results: dict):
+def print_results(results: dict):
+    """The table of measures and, of each model, a reliability diagram."""
     print("\n" + " " * 24 + "".join(f"{name:>8}" for name in results))
-    for key in results["final"]:
+    measures = [name for name in results["final"] if name != "reliability"]
+    for measure in measures:
         cells = ""
         for result in results.values():
-            value = result[key]
+            value = result[measure]
             cells += f"{value:8.3f}" if isinstance(value, float) else f"{value or '-':>8}"
-        print(f"{key:24}{cells}")
+        print(f"{measure:24}{cells}")
+    for name, result in results.items():
+        print(f"\n{name}: confidence of the majority (|) and how many of these are right (#)")
+        for confidence, right, number in result["reliability"]:
+            bar = list(f"{'#' * round(40 * right):41}")
+            bar[round(40 * confidence)] = "|"
+            print(f"  {confidence:4.2f}  {''.join(bar)}  {right:4.2f} of {number}")
 
 
 if __name__ == "__main__":
