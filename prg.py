@@ -10,9 +10,8 @@ nothing of the project, so it can be taken alone. Next to read: hytuning.py.
 
 SPDX-License-Identifier: MIT
 """
-from dataclasses import dataclass
-
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
