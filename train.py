@@ -58,7 +58,7 @@ MAY_CHANGE = ("steps", "out", "resume", "save_every", "show", "device", "tokens_
 METHODS = ("rd", "rlif", "static", "votes", "hytuning")
 
 # Defaults where there is no --model.
-TOY = dict(max_prompt_tokens=64, max_new_tokens=48, steps=80, lr=2e-4, tokens_per_batch=4096)
+TOY = dict(max_prompt_tokens=64, max_new_tokens=48, lr=4e-4, tokens_per_batch=4096)
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
