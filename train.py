@@ -696,6 +696,8 @@ def main(argv=None):
             atomic_write(out / name, lambda path: path.write_text(json.dumps(results, indent=2)))
             print_results(results)
             trainer.show(args.show)
+    # No process leaves while rank 0 still writes: should its exit fail, torchrun would end rank 0 too.
+    barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
 
