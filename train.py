@@ -696,7 +696,7 @@ def main(argv=None):
             atomic_write(out / name, lambda path: path.write_text(json.dumps(results, indent=2)))
             print_results(results)
             trainer.show(args.show)
-    # No process leaves while rank 0 still writes: should its exit fail, torchrun would end rank 0 too.
+    # Together, once rank 0 has written: where the exit of one fails, torchrun ends the others.
     barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
