@@ -1366,8 +1366,8 @@ def test_an_evaluation_is_its_definition_whatever_the_batches(toy_run, trainer_f
         confidence_when_wrong=sum(wrong) / len(wrong) if wrong else None,
         ece=expected_calibration_error(confidence, correct),
         brier=brier_score(confidence, correct),
-        auroc=auroc(confidence, correct) if 0 < sum(correct) < 9 else None)
-    expected["reliability"] = prg.reliability(confidence, correct)
+        auroc=auroc(confidence, correct) if 0 < sum(correct) < 9 else None,
+        reliability=prg.reliability(confidence, correct))
     assert flat(result) == pytest.approx(flat(expected), abs=1e-5)
     for size in (1, 13):
         trainer.args.rollouts_per_batch = size
@@ -1384,7 +1384,7 @@ def test_the_reliability_diagram_is_drawn_to_scale(capsys):
     diagram = [line for line in lines if line.startswith("  ") and " of " in line]
     assert diagram == ["  0.25  " + "#" * 10 + "|" + "#" * 9 + " " * 21 + "  0.50 of 6",
                        "  1.00  " + " " * 40 + "|  0.00 of 2",
-                       "  0.50  " + "#" * 20 + "|" + "#" * 19 + " " * 1 + "  1.00 of 8"]
+                       "  0.50  " + "#" * 20 + "|" + "#" * 19 + "   1.00 of 8"]
 
 
 def test_random_numbers_are_never_used_twice(trainer_for):
@@ -1646,8 +1646,8 @@ README = (HERE / "README.md").read_text()
 PYTHON = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README, re.S)
 BASH = [block for block in re.findall(r"```bash\n(.*?)```", README, re.S)
         if "train.py" in block and "pytest" not in block]
-# Stands for python, torchrun, pip: what makes a run short behind the words as printed; two processes
-# for eight GPUs, one machine for two.
+# Stands for python, torchrun and pip: the words as printed, then what makes a run short; two
+# processes for eight GPUs, one machine for two.
 STAND_IN = """
 import os, sys
 name, *words = sys.argv[1:]

@@ -696,9 +696,9 @@ def main(argv=None):
             atomic_write(out / name, lambda path: path.write_text(json.dumps(results, indent=2)))
             print_results(results)
             trainer.show(args.show)
-    # Together, once rank 0 has written: where the exit of one fails, torchrun ends the others.
-    barrier()
     if dist.is_initialized():
+        # Together, once rank 0 has written: where the exit of one fails, torchrun ends the others.
+        dist.barrier()
         dist.destroy_process_group()
 
 
