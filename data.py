@@ -4,7 +4,7 @@ A response is reasoning, one step a line, then a marker ("Answer:") and the answ
 Steps and answer are found in the response's own token ids: text that is encoded again may split
 differently. On the toy task the method's effect can be seen in a minute on a laptop.
 
-This file imports nothing of the project, so it can be taken alone. Next to read: train.py.
+This file imports nothing of the project, so it can be taken alone. Next to read: model.py.
 
 SPDX-License-Identifier: MIT
 """
@@ -399,7 +399,7 @@ def finite(number: str) -> str:
 
 def text_field(record: dict, name: str, where: str) -> str:
     """A text, which must be there. "question" stands for "prompt"."""
-    if name == "prompt" and name not in record:
+    if name == "prompt" and "prompt" not in record and "question" in record:
         name = "question"
     text = record.get(name)
     # Half of a surrogate pair cannot be encoded.

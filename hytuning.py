@@ -14,7 +14,7 @@ through w, v, e, r, A or lambda: only through the log-probabilities of the token
 optional global count, so that the losses of micro-batches and processes add up to the loss of the
 whole batch.
 
-This file imports nothing of the project, so it can be taken alone. Next to read: model.py.
+This file imports nothing of the project, so it can be taken alone. Next to read: train.py.
 
 SPDX-License-Identifier: MIT
 """

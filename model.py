@@ -4,7 +4,7 @@ The four families are one architecture with a few switches: a token embedding, t
 (RMSNorm, attention, RMSNorm, gated MLP), a last RMSNorm and a projection to the vocabulary. Read
 `Config`, then `Attention`, `Layer` and `Decoder`, then `generate`.
 
-This file imports nothing of the project, so it can be taken alone. Next to read: data.py.
+This file imports nothing of the project, so it can be taken alone.
 
 SPDX-License-Identifier: MIT
 """

@@ -68,7 +68,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", help="folder of a Hugging Face checkpoint; none: the toy task")
+    toy = ", ".join(f"{name} {value}" for name, value in TOY.items())
+    add("--model", help=f"folder of a Hugging Face checkpoint; none: the toy task, with {toy}")
     add("--labeled", help='JSONL of supervised traces: {"prompt", "reasoning", "answer"}, or GSM8K')
     add("--unlabeled", help='JSONL of queries: {"prompt"}; answers are not read')
     add("--eval", help='JSONL of held-out queries: {"prompt", "answer"}')
@@ -230,7 +231,7 @@ class Trainer:
         context = self.model.config.context
         if longest > context:
             raise UsageError(f"--max_prompt_tokens and --max_new_tokens make {longest} tokens, but "
-                             f"{args.model} was made for {context}: lower one of them")
+                             f"{args.model} was made for {context}: lower one or both")
         if self.text.vocab_size > self.model.config.vocab_size:
             raise UsageError(f"{args.model}: tokenizer.json has more tokens than config.json's "
                              "vocab_size: the two belong to different models")
@@ -697,8 +698,10 @@ def main(argv=None):
             print_results(results)
             trainer.show(args.show)
     if dist.is_initialized():
-        # Together, once rank 0 has written: where the exit of one fails, torchrun ends the others.
+        # Together, once rank 0 has written; then a moment for gloo's threads to let go of tensors:
+        # one that wants Python's lock while Python ends aborts the process (pytorch issue 190489).
         dist.barrier()
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 
@@ -726,9 +729,10 @@ def train(trainer: Trainer, log, base: dict | None) -> bool:
             stopping = all_sum(torch.tensor(len(signals), device=trainer.device)).item() > 0
             if stopping or trainer.done % args.save_every == 0 or trainer.done == args.steps:
                 trainer.save(base)
-                trainer.say(f"step {trainer.done} of {args.steps}: "
-                            f"lambda {line['lambda'] or 0:.2f}, "
-                            f"PRG {line['prg_rollouts'] or 0:.2f}, saved")
+                said = f"step {trainer.done} of {args.steps}: lambda {line['lambda'] or 0:.2f}"
+                if line["prg_rollouts"] is not None:
+                    said += f", PRG of rollouts {line['prg_rollouts']:.2f}"
+                trainer.say(said + ", saved")
                 if line["answered"] == 0:
                     trainer.say("warning: no rollout ends by itself with a readable answer: raise "
                                 "--max_new_tokens, or teach the form with --method rd first")
