@@ -1695,7 +1695,7 @@ def test_a_command_of_the_readme_works(block, toy_run, tmp_path):
         found = dict(re.findall(r"^(\w+(?: - \w+)?) +(\S+) ± ", done.stdout, re.M))
         results = [json.loads(path.read_text()) for path in tmp_path.glob("out/rd-*/eval.json")]
         close(float(found["rd"]), sum(x["final"]["accuracy"] for x in results) / 2, 1e-3)
-        close(float(found["votes - rd"]), float(found["votes"]) - float(found["rd"]), 2e-3)
+        close(float(found["hytuning - rd"]), float(found["hytuning"]) - float(found["rd"]), 2e-3)
 
 
 def test_the_readme_shows_how():
