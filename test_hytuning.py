@@ -1158,7 +1158,7 @@ def test_the_saved_model_is_complete(toy_run, tmp_path, monkeypatch):
                 "--eval_samples", "4", "--out", "again é"])
     again = json.loads((tmp_path / "again é" / "eval_only.json").read_text())
     before = json.loads((cwd / "out/run/eval.json").read_text())
-    assert flat(again["final"]) == pytest.approx(flat(before["final"]))
+    assert flat(again["model"]) == pytest.approx(flat(before["final"]))
     ours = load_pretrained(folder)
     text = data.Text(folder, ours.eos_ids)
     prompt = text.prompt(data.read_jsonl(cwd / "out/toy/eval.jsonl")[0][1]["prompt"])

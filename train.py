@@ -57,6 +57,9 @@ MAY_CHANGE = ("steps", "out", "resume", "save_every", "show", "device", "tokens_
 
 METHODS = ("rd", "rlif", "static", "votes", "hytuning")
 
+# lambda of the methods where it does not depend on the rollouts.
+FIXED_LAMBDA = {"rd": 0.0, "rlif": 1.0, "static": 0.5}
+
 # Defaults where there is no --model.
 TOY = dict(max_prompt_tokens=64, max_new_tokens=48, lr=4e-4, tokens_per_batch=4096)
 
@@ -318,7 +321,8 @@ class Trainer:
         rollouts, seen = self.sample(queries, G, args.temperature, seed)
         clock.append(self.now())
 
-        # 2. judge: how far did the reasoning earn the answer? (PRG of the frozen starting model)
+        # 2. judge: how far did the reasoning earn the answer? (PRG of the frozen starting model,
+        #    which all methods log and hytuning alone uses)
         gains = self.measure_prg(self.judge, rollouts)  # [N] PRG, -1 where there is no answer
         answered = self.column([len(x.answer) > 0 for x in rollouts])  # [N] 0 or 1
         clock.append(self.now())
@@ -347,8 +351,9 @@ class Trainer:
                    "response_length": self.column([len(x.response) for x in rollouts])}
         sums = all_sum(torch.stack(list(columns.values())).sum(1))  # over all processes
         totals = dict(zip(columns, sums.tolist()))
-        earned = totals["earned"] / max(totals["N"], 1)
-        lam = {"rd": 0.0, "rlif": 1.0, "static": 0.5}.get(args.method, earned)
+        lam = FIXED_LAMBDA.get(args.method)
+        if lam is None:
+            lam = totals["earned"] / totals["N"]  # mean of e
 
         # 6. one update on (1 - lambda) L_RD + lambda L_RLIF
         L_RD, L_RLIF, grad_norm = self.update(rollouts, A, lam, totals["N"])
@@ -691,7 +696,7 @@ def main(argv=None):
             save_pretrained(trainer.model, out / "model")
             trainer.say(f"the model is in {out / 'model'}, the log in {out / 'metrics.jsonl'}")
     if finished and trainer.held_out:
-        results["final"] = trainer.evaluate()
+        results["model" if args.eval_only else "final"] = trainer.evaluate()
         if rank == 0:
             name = "eval_only.json" if args.eval_only else "eval.json"
             atomic_write(out / name, lambda path: path.write_text(json.dumps(results, indent=2)))
@@ -766,7 +771,8 @@ def noted_signals():
 def print_results(results: dict):
     """The table of measures and, of each model, a reliability diagram."""
     print("\n" + " " * 24 + "".join(f"{name:>8}" for name in results))
-    measures = [name for name in results["final"] if name != "reliability"]
+    *_, last = results.values()
+    measures = [name for name in last if name != "reliability"]
     for measure in measures:
         cells = ""
         for result in results.values():
