@@ -321,8 +321,8 @@ class Trainer:
         rollouts, seen = self.sample(queries, G, args.temperature, seed)
         clock.append(self.now())
 
-        # 2. judge: how far did the reasoning earn the answer? (PRG of the frozen starting model,
-        #    which all methods log and hytuning alone uses)
+        # 2. judge: how far did the reasoning earn the answer? (PRG of the frozen starting model)
+        # All methods log it; hytuning alone uses it.
         gains = self.measure_prg(self.judge, rollouts)  # [N] PRG, -1 where there is no answer
         answered = self.column([len(x.answer) > 0 for x in rollouts])  # [N] 0 or 1
         clock.append(self.now())
