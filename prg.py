@@ -249,11 +249,11 @@ def progressive_reasoning_gain(support: Tensor, mask: Tensor) -> Tensor:
 # can the confidence be believed?
 
 def reliability(confidence, correct, bins: int = 10) -> list[tuple[float, float, int]]:
-    """(mean confidence, share that is right, number) of each equal bin of confidence not empty.
+    """(mean confidence, share that is right, number) of each bin of confidence that holds any.
 
-    confidence [N] in [0, 1], correct [N] bool or 0/1. Where confidence can be believed, the first
-    two are equal. This and the three below raise ValueError for other values, NaN included, and
-    unequal lengths.
+    confidence [N] in [0, 1], correct [N] bool or 0/1; the bins are of equal width. Where confidence
+    can be believed, the first two are equal. This and the three below raise ValueError for other
+    values, NaN included, and unequal lengths.
     """
     confidence, correct = as_columns(confidence, correct)
     index = (confidence * bins).long().clamp(max=bins - 1)

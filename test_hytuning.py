@@ -975,6 +975,13 @@ def test_a_bad_line_is_named(line, tmp_path, build):
     assert "\n" not in str(caught.value)
 
 
+def test_a_missing_prompt_is_called_prompt():
+    with pytest.raises(data.DataError, match="'prompt' is missing"):
+        data.text_field({"promt": "p"}, "prompt", "a.jsonl line 1")
+    with pytest.raises(data.DataError, match="'question' is missing"):
+        data.text_field({"question": ""}, "prompt", "a.jsonl line 1")
+
+
 def test_a_file_without_records_is_named(tmp_path, build):
     (tmp_path / "empty.jsonl").write_text("\n")
     long = write_lines(tmp_path / "long.jsonl", {"prompt": "p" * 999})

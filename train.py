@@ -705,7 +705,7 @@ def main(argv=None):
     if dist.is_initialized():
         # Together, once rank 0 has written; then a moment for gloo's threads to let go of tensors:
         # one that wants Python's lock while Python ends aborts the process (pytorch issue 190489).
-        dist.barrier()
+        barrier()
         time.sleep(0.2)
         dist.destroy_process_group()
 
