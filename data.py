@@ -8,6 +8,7 @@ This file imports nothing of the project, so it can be taken alone. Next to read
 
 SPDX-License-Identifier: MIT
 """
+import hashlib
 import json
 import re
 import unicodedata
@@ -151,19 +152,26 @@ def answers_match(a: str, b: str) -> bool:
     return first[1] == second[1] or "" in (first[1], second[1])
 
 
-def same_answers(answers: list[str | None]) -> list[int]:
-    """For each answer the index of the first that says the same; an unreadable one is alone.
+def number_answers(answers: list[str | None], group_size: int) -> list[int]:
+    """A number for each answer, equal where two of a group say the same; -1 for an unreadable one.
 
-    "5" says the same as "5 apples" and as "5 pears", which are not the same: the first one decides.
+    answers lists the groups one after the other. The number is the index in the group of the first
+    answer that says the same. "5" says the same as "5 apples" and as "5 pears", which are not the
+    same: the first one decides.
     """
-    first = []
-    for i, answer in enumerate(answers):
-        first.append(i)
-        for j in range(i):
-            if first[j] == j and answer and answers[j] and answers_match(answers[j], answer):
-                first[i] = j
-                break
-    return first
+    numbers = []
+    for start in range(0, len(answers), group_size):
+        group = answers[start:start + group_size]
+        first = []
+        for i, answer in enumerate(group):
+            number = i if answer else -1
+            for j in range(i):
+                if first[j] == j and answer and answers_match(group[j], answer):
+                    number = j
+                    break
+            first.append(number)
+        numbers += first
+    return numbers
 
 
 def majority(answers: list[str | None]) -> tuple[str | None, float]:
@@ -171,7 +179,7 @@ def majority(answers: list[str | None]) -> tuple[str | None, float]:
 
     (None, 0.0) where no answer can be read.
     """
-    votes = [first for first, answer in zip(same_answers(answers), answers) if answer]
+    votes = [number for number in number_answers(answers, len(answers) or 1) if number >= 0]
     if not votes:
         return None, 0.0
     best = max(votes, key=votes.count)
@@ -236,9 +244,9 @@ class Text:
     id is known to end a response.
     """
 
-    def __init__(self, folder, eos_ids=(), marker: str = MARKER, max_steps: int = 16):
+    def __init__(self, folder, eos_ids=(), marker: str = MARKER, max_reasoning_steps: int = 16):
         self.marker = marker
-        self.max_steps = max_steps
+        self.max_reasoning_steps = max_reasoning_steps
         self.tokenizer, self.first = load_tokenizer(Path(folder) / "tokenizer.json")
         vocab = self.tokenizer.get_vocab()
         del vocab[ANCHOR]
@@ -256,7 +264,7 @@ class Text:
                 break
         if self.end is None:
             raise DataError(f"{folder} names no end token: set eos_token_id in its config.json")
-        self.ends = {self.end, *eos_ids}
+        self.end_ids = {self.end, *eos_ids}
 
     def encode(self, text: str, after: str = "\n") -> list[int]:
         """Token ids of a text that follows the text `after`, or, if that is "", a special token."""
@@ -292,7 +300,7 @@ class Text:
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids without the end tokens, which some tokenizers would show."""
-        return self.tokenizer.decode([i for i in ids if i not in self.ends])
+        return self.tokenizer.decode([i for i in ids if i not in self.end_ids])
 
     def read(self, response: list[int]) -> tuple[str, list[int]]:
         """(the text of a response, the offset in it where each token ends), the end token left out.
@@ -302,7 +310,7 @@ class Text:
         """
         text = ""
         ends = []
-        if not response or response[-1] not in self.ends or "\ufffd" in self.decode(response):
+        if not response or response[-1] not in self.end_ids or "\ufffd" in self.decode(response):
             return text, ends
         stream = decoders.DecodeStream(skip_special_tokens=True)
         waiting = 0
@@ -325,7 +333,7 @@ class Text:
 
         tokens is prompt + response. Step k is tokens[cuts[k]:cuts[k + 1]], the marker is
         tokens[cuts[-1]:answer_start] and the answer tokens[answer_start:answer_end]. Steps are the
-        lines before the last marker that are not blank, merged evenly down to max_steps. Without an
+        lines before the last marker that are not blank, merged evenly down to max_reasoning_steps. Without an
         answer there are no steps, and answer_start = answer_end = len(tokens).
         """
         tokens = prompt + response
@@ -337,7 +345,7 @@ class Text:
 
         # A line begins with its first character that is not blank.
         lines = [match.start() for match in re.finditer(r"\S.*", text[:marker_start])]
-        steps = min(len(lines), self.max_steps)
+        steps = min(len(lines), self.max_reasoning_steps)
         cuts = {0}
         for k in range(1, steps):
             cuts.add(token_at(ends, lines[k * len(lines) // steps]))
@@ -388,6 +396,10 @@ def read_jsonl(path, limit: int = 0) -> list[tuple[int, dict]]:
     if not records:
         raise DataError(f"{path} is empty: write one JSON object a line")
     return records
+
+
+def checksum(path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def finite(number: str) -> str:

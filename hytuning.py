@@ -1,20 +1,23 @@
-"""HyTuning's weights, rewards and losses: how a few supervised traces and many unlabeled queries
-share one update. For rollout j, one of a group of G that answer the same query:
+"""The HyTuning method: how a few supervised traces and many unlabeled queries share one update.
 
-    c_j = self-certainty, the mean over its tokens
+A *rollout* is a response that the policy samples to an unlabeled query. G rollouts of the same
+query form a group. For rollout j, with i~j running over the rollouts of its group that give the
+same answer:
+
+    c_j = mean over its tokens of KL(U || pi)                    its self-certainty
     w_j = 2 sigmoid(min((PRG_j - a) / max(a, 0.05), 0) / tau)    its weight
     r_j = (1/G) sum_{i~j} w_i c_i                                its reward
-    e_j = (1/G) sum_{i~j} w_i                                    the share that earned its answer
-    A_j = (r_j - mean of the group) / std of the group           its advantage (GRPO)
-    L   = (1 - lambda) L_RD + lambda L_RLIF                      lambda: mean e of all rollouts
+    e_j = (1/G) sum_{i~j} w_i                                    its earned share
+    A_j = (r_j - mean of the group) / std of the group           its advantage
 
-i~j: i is in j's group and gives the same answer. The anchor a is the mean PRG of the supervised
-traces. They may be wrong too, so in L_RD trace i counts v_i = w_i / mean w. No gradient flows
-through w, v, e, r, A or lambda: only through the log-probabilities of the tokens. Means take an
-optional global count, so that the losses of micro-batches and processes add up to the loss of the
-whole batch.
+    lambda = mean of e over all rollouts
+    L      = (1 - lambda) L_RD + lambda L_RLIF                   the loss
 
-This file imports nothing of the project, so it can be taken alone. Next to read: train.py.
+PRG (see prg.py) measures how far the reasoning earned the answer. The anchor a is the mean PRG of
+the supervised traces. A trace may also be wrong, so in L_RD trace i counts v_i = w_i / mean w.
+
+Only the log-probabilities of tokens in the two losses have a gradient; w, v, c, r, e, A and lambda
+are constants. This file is self-contained; copy it freely. Next to read: prg.py.
 
 SPDX-License-Identifier: MIT
 """
@@ -26,58 +29,38 @@ from torch.utils.checkpoint import checkpoint
 
 
 # -----------------------------------------------------------------------------
-# what a token's logits tell us
+# what the logits of a token tell us
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """log pi(target) [...] from logits [..., V] and the ids targets [...], in nats."""
+    """log pi(target) [...], in nats, from logits [..., V] and token ids targets [...]."""
     return logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
 
 
 def self_certainty(logits: Tensor) -> Tensor:
     """KL(U || pi) = -log V - (1/V) sum_v log pi(v), in nats, [...] from logits [..., V].
 
-    U is uniform over the vocabulary, so a uniform pi has 0. A rollout's self-certainty c is the
-    mean over its response tokens. Intuitor, arXiv 2505.19590.
+    U is the uniform distribution over the vocabulary, so the self-certainty of a uniform pi is 0.
+    The self-certainty c of a rollout is the mean over its tokens. Intuitor, arXiv 2505.19590.
     """
     return logits.logsumexp(-1) - logits.mean(-1) - math.log(logits.shape[-1])
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """-sum_v pi(v) log pi(v), in nats, [...] from logits [..., V]."""
+    """-sum_v pi(v) log pi(v), in nats, [...] from logits [..., V]. It is only logged."""
     logprobs = logits.log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def head_logprobs(hidden: Tensor, lm_head, targets: Tensor) -> Tensor:
-    """log pi(target) [N] from hidden [N, D] and targets [N], without ever holding N x V logits.
-
-    Chunk after chunk of tokens goes through lm_head (any callable [n, D] -> [n, V]); the backward
-    pass computes its logits again. With a vocabulary of 150,000 all logits at once would be most of
-    the memory.
-    """
-    chunk = 2048 if hidden.is_cuda else 512
-    logprobs = []
-    for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-        # Nothing is random in it, so no random state needs to be kept.
-        logprobs.append(checkpoint(chunk_logprobs, h, lm_head, t, use_reentrant=False,
-                                   preserve_rng_state=False))
-    return torch.cat(logprobs)
-
-
-def chunk_logprobs(hidden: Tensor, lm_head, targets: Tensor) -> Tensor:
-    return token_logprobs(lm_head(hidden).float(), targets)
-
-
 # -----------------------------------------------------------------------------
-# weights, rewards, advantages
+# weights, pooling, advantages
 
 def adaptive_weights(prg: Tensor, anchor, tau: float = 0.5) -> Tensor:
-    """w_j = 2 sigmoid(min((PRG_j - a) / max(a, 0.05), 0) / tau), [N] in (0, 1], from PRG [N] and a.
+    """w_j = 2 sigmoid(min((PRG_j - a) / max(a, 0.05), 0) / tau), [N] in (0, 1].
 
-    The anchor a is the mean PRG of the supervised traces: w is 1 for a rollout that earns its
-    answer as well as they do. Better pays nothing more, since support that rises more steadily than
-    theirs comes from lines that all say the same, right or wrong. The floor of 0.05 keeps an anchor
-    near 0 from turning the gate into a step.
+    prg [N] is the PRG of each rollout and the anchor a (a number) the mean PRG of the supervised
+    traces. A rollout that reasons as well as the traces has weight 1. Exceeding the anchor earns no
+    extra weight: very steady support usually comes from repetitive lines. The floor of 0.05 keeps
+    the gate from becoming a step function where the anchor is near 0.
     """
     anchor = torch.as_tensor(anchor, dtype=prg.dtype, device=prg.device)
     shortfall = ((prg - anchor) / anchor.clamp(min=0.05)).clamp(max=0)
@@ -85,29 +68,30 @@ def adaptive_weights(prg: Tensor, anchor, tau: float = 0.5) -> Tensor:
 
 
 def pool_by_answer(values: Tensor, answers: Tensor, group_size: int) -> Tensor:
-    """For each rollout j, [N]: (1/G) sum of values_i over those of its group that give its answer.
+    """For each rollout j, (1/G) sum of values_i over the rollouts of its group with its answer.
 
-    values [N] and answers [N] (any numbers, equal where two rollouts of a group give the same
-    answer) lie in consecutive groups of G. One rollout's PRG is weak evidence, since reasoning
-    that is wrong may be steady too; that of all rollouts which reach an answer, each in its own
-    way, is strong. With all values 1 it is the share of the vote (TTRL, arXiv 2504.16084).
+    values [N] and answers [N] (integers; equal numbers within a group mean equal answers) list the
+    groups one after the other; the result is [N]. If all values are 1, it is each answer's share
+    of the votes (TTRL, arXiv 2504.16084). Pooling helps because the PRG of one rollout is weak
+    evidence: several rollouts that each earn the same answer in their own way are strong evidence.
     """
     x = values.detach().view(-1, group_size)  # [Q, G]
-    y = answers.view(-1, group_size)
+    y = answers.view(-1, group_size)  # [Q, G]
     same = y[:, :, None] == y[:, None, :]  # [Q, G, G]
     return (same * x[:, None, :]).mean(-1).flatten()
 
 
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """A_j = (r_j - mean) / (std + 1e-4) within each group of consecutive rewards [N].
+    """A_j = (r_j - mean) / (std + 1e-4) within each group of consecutive rewards [N]. GRPO, arXiv
+    2402.03300.
 
-    std over the group; a group of equal rewards has advantage 0, exactly. GRPO, arXiv 2402.03300.
-    Raises ValueError where the rewards are not whole groups.
+    A group whose rewards are all equal has advantages of exactly 0. Raises ValueError if the
+    rewards do not form whole groups.
     """
     if len(rewards) % group_size:
-        raise ValueError(f"{len(rewards)} rewards are not whole groups of {group_size}")
+        raise ValueError(f"{len(rewards)} rewards do not form whole groups of {group_size}")
     r = rewards.detach().view(-1, group_size)
-    # Less the first one, so that equal rewards are 0 before anything is rounded.
+    # Subtract the first reward, so that equal rewards give exactly 0 despite rounding.
     r = r - r[:, :1]
     centered = r - r.mean(1, keepdim=True)
     std = centered.square().mean(1, keepdim=True).sqrt()
@@ -115,13 +99,62 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
 
 # -----------------------------------------------------------------------------
+# the five methods
+
+def learning_signals(method: str, certainty: Tensor, prg: Tensor | None, answers: Tensor,
+                     group_size: int, anchor: float | None = None,
+                     tau: float = 0.5) -> tuple[Tensor, Tensor]:
+    """What a step learns from its rollouts: (advantages A [N], earned shares e [N]).
+
+    certainty [N] is c; prg [N] and the anchor are used by hytuning alone. answers [N] are integers:
+    equal where two rollouts of a group give the same answer, -1 where a rollout has no answer.
+    Groups of `group_size` rollouts follow one another. The mix lambda is the mean of e.
+    """
+    c = certainty
+    if method == "rd":
+        # Reasoning distillation alone: rollouts are ignored.
+        r = torch.zeros_like(c)
+        e = torch.zeros_like(c)
+    elif method == "rlif":
+        # Internal feedback alone: each rollout is rewarded by its own certainty.
+        r = c
+        e = torch.ones_like(c)
+    elif method == "static":
+        # The same reward, and RD and RLIF count half each.
+        r = c
+        e = torch.full_like(c, 0.5)
+    elif method == "votes":
+        # The certainty of all rollouts with the same answer is pooled.
+        w = (answers >= 0).to(c.dtype)
+        r = pool_by_answer(w * c, answers, group_size)
+        e = pool_by_answer(w, answers, group_size)
+    elif method == "hytuning":
+        # The same, but a rollout counts as far as its reasoning earned its answer.
+        w = (answers >= 0) * adaptive_weights(prg, anchor, tau)
+        r = pool_by_answer(w * c, answers, group_size)
+        e = pool_by_answer(w, answers, group_size)
+    else:
+        raise ValueError(f"there is no method {method!r}")
+    return group_advantages(r, group_size), e
+
+
+def trace_weights(method: str, prg: Tensor, anchor: float, tau: float = 0.5) -> Tensor:
+    """How much each supervised trace counts in L_RD, v [n] with mean 1, from PRG [n]."""
+    w = torch.ones_like(prg)
+    if method == "hytuning":
+        w = adaptive_weights(prg, anchor, tau)
+    return w / w.mean()
+
+
+# -----------------------------------------------------------------------------
 # losses
 
 def distillation_loss(logprobs: Tensor, mask: Tensor, tokens=None) -> Tensor:
-    """L_RD = -sum(mask * log pi(token)) / tokens, in nats: the negative log-likelihood of a token.
+    """L_RD = -sum(mask * log pi(token)) / tokens, the negative log-likelihood of a token in nats.
 
-    logprobs [B, T] of the supervised traces; mask [B, T] is 1, or the trace's weight v, for their
-    response tokens and 0 in the padding; the divisor `tokens` defaults to mask.sum().
+    logprobs [B, T] are those of the supervised traces. mask [B, T] is 1 (or the weight v of the
+    trace) for response tokens and 0 for padding. The divisor `tokens` defaults to mask.sum(); pass
+    the number of tokens of the whole batch if this is only a part of it.
     """
     if tokens is None:
         tokens = mask.sum()
@@ -129,12 +162,14 @@ def distillation_loss(logprobs: Tensor, mask: Tensor, tokens=None) -> Tensor:
 
 
 def rlif_loss(logprobs: Tensor, mask: Tensor, advantages: Tensor, rollouts=None) -> Tensor:
-    """L_RLIF = -(1/rollouts) sum_j A_j mean_t log pi(token_jt): the policy gradient on rollouts.
+    """L_RLIF = -(1/rollouts) sum_j A_j mean_t log pi(token_jt), the policy gradient.
 
-    logprobs [B, T], mask [B, T] of the response tokens, advantages [B]; rollouts defaults to B.
-    Written with GRPO's ratio pi / pi_old, which has the gradient of log pi. With one update a batch
-    it is 1, so the value of the loss is -mean A (0 for whole groups) while its gradient is not 0.
-    GRPO's clipping of the ratio is for several updates on the same rollouts; there are none here.
+    logprobs [B, T], mask [B, T] of the response tokens, advantages [B]. The divisor `rollouts`
+    defaults to B; pass the number of rollouts of the whole batch if this is only a part of it.
+
+    It is computed with GRPO's ratio pi / pi_old, whose gradient is that of log pi. As there is one
+    update for each batch of rollouts, the ratio is 1 and clipping it would change nothing. So the
+    *value* of the loss is -mean A, which is 0 for whole groups, while its gradient is not 0.
     """
     if rollouts is None:
         rollouts = len(logprobs)
@@ -145,6 +180,31 @@ def rlif_loss(logprobs: Tensor, mask: Tensor, advantages: Tensor, rollouts=None)
 
 
 def hytuning_loss(rd: Tensor, rlif: Tensor, lam) -> Tensor:
-    """L = (1 - lambda) L_RD + lambda L_RLIF. While rollouts disagree, or reason worse than the
-    traces, RD leads; as they catch up, the unlabeled data takes over."""
+    """L = (1 - lambda) L_RD + lambda L_RLIF.
+
+    RD leads while the rollouts disagree or reason worse than the traces. As they catch up, the
+    unlabeled queries take over.
+    """
     return (1 - lam) * rd + lam * rlif
+
+
+# -----------------------------------------------------------------------------
+# log-probabilities without all logits in memory
+
+def head_logprobs(hidden: Tensor, lm_head, targets: Tensor) -> Tensor:
+    """log pi(target) [N] from hidden states [N, D] and targets [N], without N x V logits in memory.
+
+    lm_head is any callable [n, D] -> [n, V]. It is applied to one chunk of tokens after another,
+    and the backward pass computes the logits of a chunk again. With a vocabulary of 150,000 the
+    logits of a whole batch would take most of the memory.
+    """
+    chunk = 2048 if hidden.is_cuda else 512
+    logprobs = []
+    for h, t in zip(hidden.split(chunk), targets.split(chunk)):
+        logprobs.append(checkpoint(chunk_logprobs, h, lm_head, t, use_reentrant=False,
+                                   preserve_rng_state=False))
+    return torch.cat(logprobs)
+
+
+def chunk_logprobs(hidden: Tensor, lm_head, targets: Tensor) -> Tensor:
+    return token_logprobs(lm_head(hidden).float(), targets)

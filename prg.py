@@ -1,12 +1,13 @@
-"""Does the reasoning progressively earn its answer? Support, PRG, and can a confidence be believed?
+"""Does the reasoning progressively earn its answer? Support, PRG, and measures of calibration.
 
-A *trace* is a prompt, reasoning steps and an answer introduced by a marker. *Support* p_k is the
-probability of the answer when the marker follows directly after the first k steps. *PRG*, the
-progressive reasoning gain, is the support gained from p_0 to p_K times how steadily it was gained.
-The last part measures a confidence against what turned out to be right.
+A *trace* is a prompt, reasoning steps and an answer that follows a marker such as "Answer:". Its
+*support* p_k is the probability of the answer if the marker follows directly after the first k
+steps. *PRG*, the progressive reasoning gain, is the gain in support from p_0 to p_K, multiplied by
+how steadily it was gained. The calibration measures compare confidence with correctness.
 
-The model is any callable `(input_ids, position_ids, attention_mask) -> logits`. This file imports
-nothing of the project, so it can be taken alone. Next to read: hytuning.py.
+The last part of the file computes support again, in one pass instead of one pass a step. To use PRG
+in your own code you only need what stands before it. This file is self-contained; copy it freely.
+Next to read: train.py.
 
 SPDX-License-Identifier: MIT
 """
@@ -24,12 +25,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass
 class Trace:
-    """Token ids of a prompt and a response, and where the reasoning may be cut.
+    """Token ids of a prompt and a response, and the positions at which the response is divided.
 
-    The prefix after k steps is tokens[:cuts[k]], k = 0..K, so cuts[0] is the length of the prompt;
-    tokens[cuts[K]:answer_start] is the marker, tokens[answer_start:answer_end] the answer, by
-    default to the end. What follows it (an end token, say) takes no part in the support. An empty
-    answer means that there is none. Raises ValueError for cuts that do not fit the tokens.
+        tokens[:cuts[0]]                      the prompt
+        tokens[cuts[k - 1]:cuts[k]]           reasoning step k, for k = 1..K
+        tokens[cuts[K]:answer_start]          the marker
+        tokens[answer_start:answer_end]       the answer; if it is empty, the trace has no answer
+        tokens[answer_end:]                   what follows, such as an end token
+
+    answer_end defaults to the end of the tokens. Raises ValueError if the positions decrease or lie
+    outside the tokens.
     """
     tokens: list[int]
     cuts: list[int]
@@ -41,8 +46,9 @@ class Trace:
             self.answer_end = len(self.tokens)
         bounds = [1, *self.cuts, self.answer_start, self.answer_end, len(self.tokens)]
         if not self.cuts or bounds != sorted(bounds):
-            raise ValueError(f"cuts {self.cuts} and the answer's bounds {self.answer_start} and "
-                             f"{self.answer_end} must rise, from 1 to {len(self.tokens)} tokens")
+            raise ValueError(f"cuts {self.cuts}, answer_start {self.answer_start} and answer_end "
+                             f"{self.answer_end} must be non-decreasing and lie between 1 and the "
+                             f"number of tokens, {len(self.tokens)}")
 
     @property
     def prompt(self) -> list[int]:
@@ -53,176 +59,43 @@ class Trace:
         return self.tokens[self.cuts[0]:]
 
     @property
+    def marker(self) -> list[int]:
+        return self.tokens[self.cuts[-1]:self.answer_start]
+
+    @property
     def answer(self) -> list[int]:
         return self.tokens[self.answer_start:self.answer_end]
-
-
-# -----------------------------------------------------------------------------
-# packing: a prompt is computed once for all of its responses
-
-@dataclass
-class Packed:
-    """Traces laid out for one pass. A row is a tree: a prompt, then responses to it, and for the
-    support, behind each (which then ends before its marker), a copy of marker and answer for every
-    cut:
-
-        prompt | response 1 | copy 0 | copy 1 | ... | response 2 | copy 0 | copy 1 | ...
-
-    A slot sees itself, the prompt, and the slots before it in its own response or copy; a copy also
-    sees its response up to the cut. Positions are those of separate texts, so log-probabilities are
-    those of separate passes.
-
-    Each response or copy starts one token early: with the prompt's last token (which the prompt
-    then leaves out), or the last one before its cut. That slot predicts its first token, so all of
-    its tokens are predicted inside it, and a missing marker or a prompt of one token needs no
-    special case.
-    """
-    input_ids: Tensor  # [B, W]
-    position_ids: Tensor  # [B, W]
-    attention_mask: Tensor  # [B, 1, W, W] bool, True where the query (third axis) sees the key
-    # What is predicted: n responses or, for the support, n copied answers, of up to T tokens.
-    trace: Tensor  # [n] of which trace
-    step: Tensor  # [n] after how many steps, for a copy
-    slots: Tensor  # [n, T] where its tokens are predicted, in the flat [B x W]
-    targets: Tensor  # [n, T] its tokens
-    mask: Tensor  # [n, T] bool: not padding
-
-
-def pack(traces: list[Trace], copies: bool, tokens: int = 2048, width: int = 1024,
-         device=None) -> list[Packed]:
-    """Lay traces out in batches of at most `tokens` slots (or one row), padding included.
-
-    With `copies` their answers are predicted after every cut, else their responses. Consecutive
-    traces with the same prompt share a row while it stays within `width`, since attention costs the
-    square of a row; a longer trace has a row of its own.
-    """
-    rows, widths = [], []
-    for i, trace in enumerate(traces):
-        size = len(trace.response)
-        if copies:
-            if not trace.answer:
-                continue
-            copy_size = trace.answer_end - trace.cuts[-1]
-            size = trace.cuts[-1] - trace.cuts[0] + len(trace.cuts) * copy_size
-        if rows and traces[rows[-1][0]].prompt == trace.prompt and widths[-1] + size <= width:
-            rows[-1].append(i)
-            widths[-1] += size
-        else:
-            rows.append([i])
-            widths.append(len(trace.prompt) - 1 + size)
-
-    # Rows of like width go together, since a batch is as wide as its widest row.
-    order = sorted(range(len(rows)), key=lambda row: -widths[row])
-    batches = []
-    while order:
-        count = max(1, tokens // (widths[order[0]] + 7))  # lay_out rounds up to a multiple of 8
-        batches.append(lay_out(traces, [rows[row] for row in order[:count]], copies, device))
-        order = order[count:]
-    return batches
-
-
-PROMPT = -1  # the number of the prompt among the responses 1, 2, ...; 0 is padding
-
-
-def stretch(tokens: list[int], start: int, response: int, copy: int = 0) -> Tensor:
-    """Slots [len(tokens), 5] of consecutive tokens: token, position, number of the response, number
-    of the copy (0: the response itself), and the position at which the stretch begins."""
-    slots = torch.empty(len(tokens), 5, dtype=torch.long)
-    slots[:, 0] = torch.tensor(tokens)
-    slots[:, 1] = torch.arange(start, start + len(tokens))
-    slots[:, 2:] = torch.tensor((response, copy, start))
-    return slots
-
-
-def lay_out(traces: list[Trace], rows: list[list[int]], copies: bool, device=None) -> Packed:
-    """One batch; its row b holds the traces rows[b], whose prompt is the same."""
-    table = []  # [B] of slots [W, 5]
-    found = []  # [n] of (trace, step, row, slot that predicts the first of the targets)
-    targets = []  # [n] of token ids
-    for b, row in enumerate(rows):
-        prompt = traces[row[0]].prompt
-        slots = [stretch(prompt[:-1], 0, PROMPT)]
-        filled = len(prompt) - 1
-        for response, i in enumerate(row, 1):
-            trace = traces[i]
-            start, end = trace.cuts[0], trace.cuts[-1]
-            if copies:
-                slots.append(stretch(trace.tokens[start - 1:end - 1], start - 1, response))
-                filled += end - start
-                for k, cut in enumerate(trace.cuts):
-                    found.append((i, k, b, filled + trace.answer_start - end))
-                    targets.append(trace.answer)
-                    tokens = trace.tokens[cut - 1:cut] + trace.tokens[end:trace.answer_end - 1]
-                    slots.append(stretch(tokens, cut - 1, response, copy=k + 1))
-                    filled += len(tokens)
-            else:
-                found.append((i, 0, b, filled))
-                targets.append(trace.response)
-                slots.append(stretch(trace.tokens[start - 1:-1], start - 1, response))
-                filled += len(trace.response)
-        table.append(torch.cat(slots))
-
-    table = pad_sequence(table, batch_first=True)
-    # A multiple of 8, for CUDA's attention kernels.
-    table = F.pad(table, (0, 0, 0, -table.shape[1] % 8)).to(device)
-    ids, position, response, copy, start = table.unbind(-1)  # [B, W] each
-    trace, step, row, first = torch.tensor(found, device=device).T  # [n] each
-    lengths = torch.tensor([len(x) for x in targets], device=device)
-    targets = [torch.tensor(x, dtype=torch.long) for x in targets]
-    targets = pad_sequence(targets, batch_first=True).to(device)  # [n, T]
-    t = torch.arange(targets.shape[1], device=device)
-    mask = t < lengths[:, None]  # [n, T]
-    slots = (row * table.shape[1] + first)[:, None] + t
-    attention_mask = tree_mask(position, response, copy, start)
-    return Packed(ids, position, attention_mask, trace, step, slots * mask, targets, mask)
-
-
-def tree_mask(position: Tensor, response: Tensor, copy: Tensor, start: Tensor) -> Tensor:
-    """[B, 1, W, W] bool, which key (last axis) a query sees, from what `stretch` says [B, W]."""
-    query = (slice(None), slice(None), None)
-    key = (slice(None), None)
-    W = position.shape[1]
-    before = torch.ones(W, W, dtype=torch.bool, device=position.device).tril()
-    in_prompt = response[key] == PROMPT
-    same_response = response[query] == response[key]
-    same_copy = copy[query] == copy[key]
-    above_cut = (copy[key] == 0) & (position[key] < start[query])
-    return (before & (in_prompt | same_response & (same_copy | above_cut)))[:, None]
 
 
 # -----------------------------------------------------------------------------
 # support and PRG
 
 @torch.no_grad()
-def answer_support(model, traces: list[Trace], tokens: int = 2048, device=None):
-    """Support of each trace after k = 0..K steps: (support [B, K_max+1], mask [B, K_max+1] bool).
+def answer_support(model, traces: list[Trace]) -> tuple[Tensor, Tensor]:
+    """The support of each trace after k = 0..K steps: (support [B, K_max+1], mask [B, K_max+1]).
 
         p_k = exp(mean_t log pi(y_t | x, s_1..s_k, marker, y_<t))
 
-    The mask says which k a trace has: none without an answer. `model` is any callable `(input_ids,
-    position_ids, attention_mask) -> logits [B, T, V]`; where it also has `hidden_states` (with the
-    same arguments) and `lm_head`, logits are computed only where an answer is predicted. device
-    defaults to that of the model's parameters; tokens are those of one pass, padding included.
+    with prompt x, steps s and answer y: the geometric mean of the probabilities of the answer's
+    tokens. The mask is True for the k that a trace has, which is none if it has no answer. `model`
+    is any callable from ids [1, T], on the CPU, to logits [1, T, V]. It is called K+1 times a
+    trace; `packed_support` below gives the same result faster. The formula is this project's own.
     """
-    if device is None and hasattr(model, "parameters"):
-        device = next(model.parameters()).device
-    depth = max([len(trace.cuts) for trace in traces], default=1)
-    support = torch.zeros(len(traces), depth, device=device)
-    mask = torch.zeros(len(traces), depth, dtype=torch.bool, device=device)
-    lm_head = getattr(model, "lm_head", None) if hasattr(model, "hidden_states") else None
-    for batch in pack(traces, copies=True, tokens=tokens, device=device):
-        inputs = (batch.input_ids, batch.position_ids, batch.attention_mask)
-        output = model.hidden_states(*inputs) if lm_head else model(*inputs)
-        output = output.flatten(0, 1)[batch.slots[batch.mask]]
-        logprobs = []
-        # In pieces, since all logits at once are large.
-        for x, target in zip(output.split(512), batch.targets[batch.mask].split(512)):
-            logits = lm_head(x) if lm_head else x
-            logprobs.append(logits.float().log_softmax(-1).gather(1, target[:, None])[:, 0])
-        total = torch.zeros(batch.mask.shape, device=device)
-        total[batch.mask] = torch.cat(logprobs)
-        support[batch.trace, batch.step] = (total.sum(1) / batch.mask.sum(1)).exp()
-        mask[batch.trace, batch.step] = True
+    width = max((len(trace.cuts) for trace in traces), default=1)
+    support = torch.zeros(len(traces), width)
+    mask = torch.zeros(len(traces), width, dtype=torch.bool)
+    for b, trace in enumerate(traces):
+        if not trace.answer:
+            continue
+        for k, cut in enumerate(trace.cuts):
+            ids = torch.tensor([trace.tokens[:cut] + trace.marker + trace.answer])
+            # The logits at a position predict the token after it.
+            n = len(trace.answer)
+            logits = model(ids)[0, -n - 1:-1].float()  # [n, V]
+            answer = ids[0, -n:, None].to(logits.device)  # [n, 1]
+            logprobs = logits.log_softmax(-1).gather(1, answer)
+            support[b, k] = logprobs.mean().exp()
+            mask[b, k] = True
     return support, mask
 
 
@@ -232,9 +105,10 @@ def progressive_reasoning_gain(support: Tensor, mask: Tensor) -> Tensor:
         g_k = p_k - p_{k-1},   D = p_K - p_0,   steadiness = D^2 / (K * sum_k g_k^2)
         PRG = D * steadiness
 
-    The steadiness is in [0, 1] by Cauchy-Schwarz: 1 if every step adds the same, 1/K if one step
-    does it all (and 1 for K = 1). PRG is 0 where nothing changes, and -1 without an answer. The
-    name and the idea are HyTuning's (arXiv 2604.08454); the formula is this project's.
+    By the Cauchy-Schwarz inequality the steadiness lies in [0, 1]. It is 1 if every step adds the
+    same and 1/K if one step does it all. PRG is 0 if the support never changes and -1 for a trace
+    without an answer. The name and the idea are HyTuning's (arXiv 2604.08454); the formula is this
+    project's own.
     """
     p = support.double()
     g = (p[:, 1:] - p[:, :-1]) * mask[:, 1:]
@@ -246,53 +120,54 @@ def progressive_reasoning_gain(support: Tensor, mask: Tensor) -> Tensor:
 
 
 # -----------------------------------------------------------------------------
-# can the confidence be believed?
+# calibration
 
 def reliability(confidence, correct, bins: int = 10) -> list[tuple[float, float, int]]:
-    """(mean confidence, share that is right, number) of each bin of confidence that holds any.
+    """(mean confidence, accuracy, number of items) of each bin of confidence that is not empty.
 
-    confidence [N] in [0, 1], correct [N] bool or 0/1; the bins are of equal width. Where confidence
-    can be believed, the first two are equal. This and the three below raise ValueError for other
-    values, NaN included, and unequal lengths.
+    confidence [N] in [0, 1], correct [N] bool or 0/1; the bins have equal width. For a calibrated
+    model the first two numbers agree. This function and the three below raise ValueError if the
+    lengths differ or a value is outside its range or NaN.
     """
     confidence, correct = as_columns(confidence, correct)
-    index = (confidence * bins).long().clamp(max=bins - 1)
+    bin_of = (confidence * bins).long().clamp(max=bins - 1)
     rows = []
-    for b in index.unique():
-        inside = index == b
-        number = inside.sum().item()
-        rows.append((confidence[inside].mean().item(), correct[inside].mean().item(), number))
+    for b in bin_of.unique():
+        inside = bin_of == b
+        count = inside.sum().item()
+        rows.append((confidence[inside].mean().item(), correct[inside].mean().item(), count))
     return rows
 
 
 def expected_calibration_error(confidence, correct, bins: int = 10) -> float:
-    """Mean distance of confidence [N] and accuracy over the bins above, weighted by their numbers.
+    """ECE: the mean of |confidence - accuracy| over the bins above, weighted by their counts.
 
-    NaN for no data. Guo et al., 1706.04599.
+    NaN if there is no data. Guo et al., arXiv 1706.04599.
     """
     total = 0
-    distance = 0.0
-    for mean, right, number in reliability(confidence, correct, bins):
-        total += number
-        distance += number * abs(mean - right)
-    return distance / total if total else math.nan
+    error = 0.0
+    for mean_confidence, accuracy, count in reliability(confidence, correct, bins):
+        total += count
+        error += count * abs(mean_confidence - accuracy)
+    return error / total if total else math.nan
 
 
 def brier_score(confidence, correct) -> float:
-    """Mean squared distance of confidence [N] and correctness [N]: 0 is perfect (Brier, 1950)."""
+    """The mean of (confidence - correct)^2 over N items: 0 is perfect. Brier, 1950."""
     confidence, correct = as_columns(confidence, correct)
     return (confidence - correct).square().mean().item()
 
 
 def auroc(confidence, correct) -> float:
-    """Probability that a right answer has more confidence than a wrong one, ties half.
+    """The probability that a correct item has more confidence than a wrong one; ties count half.
 
-    The Mann-Whitney statistic: 0.5 is chance; NaN where all are right or all wrong.
+    It is computed as the Mann-Whitney statistic. 0.5 is chance. NaN if all items are correct or all
+    are wrong.
     """
     confidence, correct = as_columns(confidence, correct)
     values, rank_of = confidence.unique(return_inverse=True)
     count = torch.bincount(rank_of, minlength=len(values)).double()
-    # Ranks count from 1; equal values share their mean rank.
+    # Ranks start at 1, and equal values share their mean rank.
     rank = (count.cumsum(0) - (count - 1) / 2)[rank_of]
     right = correct.sum()
     wrong = len(correct) - right
@@ -300,10 +175,192 @@ def auroc(confidence, correct) -> float:
 
 
 def as_columns(confidence, correct) -> tuple[Tensor, Tensor]:
+    """Both as float64 tensors [N] on the CPU; ValueError for the cases that `reliability` names."""
     confidence = torch.as_tensor(confidence, dtype=torch.double).cpu().flatten()
     correct = torch.as_tensor(correct, dtype=torch.double).cpu().flatten()
     if len(confidence) != len(correct) or not ((correct == 0) | (correct == 1)).all():
-        raise ValueError("correct must be 0 or 1 for each entry of confidence")
+        raise ValueError("correct must hold one 0 or 1 for each confidence")
     if not ((confidence >= 0) & (confidence <= 1)).all():
         raise ValueError("confidence must lie in [0, 1]")
     return confidence, correct
+
+
+# -----------------------------------------------------------------------------
+# the same in one pass
+#
+# The passes of `answer_support` repeat most of their tokens. Here a prompt is computed once for all
+# responses to it, and a response once for all of its cuts. A row of a batch holds
+#
+#     prompt | response 1 | copy 0 | copy 1 | ... | response 2 | copy 0 | copy 1 | ...
+#
+# where copy k is marker and answer once more, placed after the first k steps. An attention mask
+# keeps the responses and the copies apart, and the positions are those of separate texts, so all
+# log-probabilities equal those of separate passes. Training packs its responses in the same way,
+# without copies.
+
+@dataclass
+class Segment:
+    """Consecutive tokens of a row: a prompt, a response or a copy.
+
+    Each response or copy starts one token early, with the token before it. Its first token is then
+    predicted inside it, like all others: the last len(targets) slots predict the targets.
+    """
+    inputs: list[int]
+    position: int  # of the first input in its text
+    response: int  # the index of the trace, or PROMPT
+    copy: int = 0  # k + 1 for the copy after k steps, 0 for everything else
+    targets: list[int] | None = None
+
+
+PROMPT = -1
+PADDING = -2
+
+
+def make_segments(trace: Trace, index: int, copies: bool) -> list[Segment]:
+    """The segments of a trace after its prompt: the whole response as a target or, with `copies`,
+    the reasoning without a target and then for each cut a copy whose answer is the target."""
+    tokens = trace.tokens
+    start = trace.cuts[0] - 1
+    if not copies:
+        return [Segment(tokens[start:-1], start, index, targets=trace.response)]
+    segments = [Segment(tokens[start:trace.cuts[-1] - 1], start, index)]
+    for k, cut in enumerate(trace.cuts):
+        inputs = [tokens[cut - 1]] + trace.marker + trace.answer[:-1]
+        segments.append(Segment(inputs, cut - 1, index, copy=k + 1, targets=trace.answer))
+    return segments
+
+
+@dataclass
+class Packed:
+    """A batch of B rows of W slots; its n targets (responses or copied answers) have up to T
+    tokens."""
+    input_ids: Tensor  # [B, W]
+    position_ids: Tensor  # [B, W]
+    attention_mask: Tensor | None  # [B, 1, W, W] bool, True where a query sees a key; None: causal
+    trace: Tensor  # [n] the index of the trace that a target belongs to
+    step: Tensor  # [n] the number of steps before a copied answer; 0 for a response
+    slots: Tensor  # [n, T] where each token of a target is predicted, in the flattened [B x W]
+    targets: Tensor  # [n, T] the tokens to be predicted
+    mask: Tensor  # [n, T] bool, False in the padding
+
+
+def pack(traces: list[Trace], copies: bool, tokens: int = 2048, width: int = 1024,
+         device=None) -> list[Packed]:
+    """Arrange traces in batches of at most `tokens` slots, padding included, or of a single row.
+
+    The targets are the answers after every cut (with `copies`) or the responses. Consecutive traces
+    with the same prompt share a row as long as it has at most `width` slots, since the cost of
+    attention grows with the square of the width. A longer trace gets a row of its own.
+    """
+    rows = []
+    widths = []
+    row_prompt = None  # the prompt of the last row
+    for index, trace in enumerate(traces):
+        if copies and not trace.answer:
+            continue
+        segments = make_segments(trace, index, copies)
+        size = sum(len(segment.inputs) for segment in segments)
+        if trace.prompt != row_prompt or widths[-1] + size > width:
+            # The prompt's last token is the first input of each response.
+            rows.append([Segment(trace.prompt[:-1], 0, PROMPT)])
+            widths.append(len(trace.prompt) - 1)
+            row_prompt = trace.prompt
+        rows[-1] += segments
+        widths[-1] += size
+
+    # A batch is as wide as its widest row, so rows of similar width go together.
+    order = sorted(range(len(rows)), key=lambda row: -widths[row])
+    batches = []
+    while order:
+        count = max(1, tokens // (widths[order[0]] + 7))  # lay_out rounds up to a multiple of 8
+        batches.append(lay_out([rows[row] for row in order[:count]], device))
+        order = order[count:]
+    return batches
+
+
+def lay_out(rows: list[list[Segment]], device=None) -> Packed:
+    """Turn rows of segments into the tensors of a batch."""
+    width = max(sum(len(segment.inputs) for segment in row) for row in rows)
+    width += -width % 8  # CUDA's attention kernels want a multiple of 8
+    table = torch.zeros(5, len(rows), width, dtype=torch.long)
+    table[2] = PADDING
+    traces = []
+    steps = []
+    slots = []
+    targets = []
+    for b, row in enumerate(rows):
+        end = 0
+        for segment in row:
+            n = len(segment.inputs)
+            here = table[:, b, end:end + n]  # [5, n]
+            here[0] = torch.tensor(segment.inputs)
+            here[1] = torch.arange(segment.position, segment.position + n)
+            here[2] = segment.response
+            here[3] = segment.copy
+            here[4] = segment.position
+            end += n
+            if segment.targets:
+                traces.append(segment.response)
+                steps.append(max(segment.copy - 1, 0))
+                last = b * width + end
+                slots.append(torch.arange(last - len(segment.targets), last))
+                targets.append(torch.tensor(segment.targets))
+
+    ids, position, response, copy, start = table.to(device)  # [B, W] each
+    attention_mask = None
+    # One prompt and one response in every row: each slot sees all slots before it.
+    if any(len(row) > 2 for row in rows):
+        attention_mask = tree_mask(position, response, copy, start)
+    mask = pad_sequence([torch.ones(len(x), dtype=torch.bool) for x in targets], batch_first=True)
+    return Packed(ids, position, attention_mask, torch.tensor(traces, device=device),
+                  torch.tensor(steps, device=device),
+                  pad_sequence(slots, batch_first=True).to(device),
+                  pad_sequence(targets, batch_first=True).to(device), mask.to(device))
+
+
+def tree_mask(position: Tensor, response: Tensor, copy: Tensor, start: Tensor) -> Tensor:
+    """[B, 1, W, W] bool: which keys (last axis) each query sees, from [B, W] for every slot its
+    position, response and copy, and the position at which its segment starts.
+
+    A slot sees the slots before it in the prompt and in its own segment. A copy also sees its
+    response up to its cut.
+    """
+    def query(x):
+        return x[:, :, None]
+
+    def key(x):
+        return x[:, None, :]
+
+    same_response = query(response) == key(response)
+    same_segment = same_response & (query(copy) == key(copy))
+    before_cut = same_response & (key(copy) == 0) & (key(position) < query(start))
+    earlier = torch.ones_like(same_response[0]).tril()
+    return (earlier & ((key(response) == PROMPT) | same_segment | before_cut))[:, None]
+
+
+@torch.no_grad()
+def packed_support(model, traces: list[Trace], tokens: int = 2048, device=None):
+    """`answer_support` in one pass: (support [B, K_max+1], mask [B, K_max+1]), on the device.
+
+    model.hidden_states(input_ids, position_ids, attention_mask) gives hidden states [B, W, D] and
+    model.lm_head the logits of some of them, so logits are computed only where an answer is
+    predicted. A batch has at most `tokens` slots. `device` defaults to that of the model.
+    """
+    if device is None:
+        device = model.lm_head.weight.device
+    width = max((len(trace.cuts) for trace in traces), default=1)
+    support = torch.zeros(len(traces), width, device=device)
+    mask = torch.zeros(len(traces), width, dtype=torch.bool, device=device)
+    for batch in pack(traces, copies=True, tokens=tokens, device=device):
+        hidden = model.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
+        hidden = hidden.flatten(0, 1)[batch.slots[batch.mask]]  # [tokens of answers, D]
+        targets = batch.targets[batch.mask][:, None]
+        logprobs = []
+        # The logits of 512 tokens at a time, since those of all would need much memory.
+        for h, target in zip(hidden.split(512), targets.split(512)):
+            logprobs.append(model.lm_head(h).float().log_softmax(-1).gather(1, target)[:, 0])
+        table = torch.zeros(batch.mask.shape, device=device)
+        table[batch.mask] = torch.cat(logprobs)
+        support[batch.trace, batch.step] = (table.sum(1) / batch.mask.sum(1)).exp()
+        mask[batch.trace, batch.step] = True
+    return support, mask
