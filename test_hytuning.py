@@ -33,11 +33,11 @@ import model as decoder
 import prg
 import train
 from hytuning import (adaptive_weights, distillation_loss, entropy, group_advantages,
-                      head_logprobs, hytuning_loss, pool_by_answer, rlif_loss, self_certainty,
-                      token_logprobs)
+                      head_logprobs, hytuning_loss, learning_signals, pool_by_answer, rlif_loss,
+                      self_certainty, token_logprobs, trace_weights)
 from model import CheckpointError, Config, Decoder, generate, load_pretrained, save_pretrained
 from prg import (Trace, answer_support, auroc, brier_score, expected_calibration_error, pack,
-                 progressive_reasoning_gain)
+                 packed_support, progressive_reasoning_gain)
 
 try:
     from hypothesis import given, settings, strategies as st
@@ -133,32 +133,36 @@ TRACES = [make_trace([4, 3, 5]), make_trace([2] * 6, seed=1), make_trace([3, 0, 
           make_trace([2, 6], prompt=1, answer=3, seed=9)]
 
 
-@torch.no_grad()
-def separate_passes(model, trace) -> list[float]:
-    """Support by its definition: for each k one pass over prefix, marker and answer."""
-    marker = trace.tokens[trace.cuts[-1]:trace.answer_start]
-    answer = trace.tokens[trace.answer_start:trace.answer_end]
-    supports = []
-    for cut in trace.cuts if answer else []:
-        ids = trace.tokens[:cut] + marker + answer
-        logprobs = model(torch.tensor([ids]))[0].log_softmax(-1)
-        first = cut + len(marker)
-        total = sum(logprobs[first + t - 1, y].item() for t, y in enumerate(answer))
-        supports.append(math.exp(total / len(answer)))
-    return supports
-
-
-def check_support(model, traces, tokens=2048, width=1024):
-    with patch.object(prg, "pack", partial(pack, width=width)):
-        support, mask = answer_support(model, traces, tokens)
-    for trace, p, m in zip(traces, support, mask):
-        expected = separate_passes(model, trace)
+def test_support_is_exp_of_minus_the_loss_that_transformers_computes_for_the_answer():
+    tf = transformers()
+    torch.manual_seed(0)
+    llama = tf.LlamaForCausalLM(tf.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, initializer_range=0.3)).eval()
+    support, mask = answer_support(lambda ids: llama(ids).logits, TRACES)
+    for trace, p, m in zip(TRACES, support, mask):
+        expected = []
+        for cut in trace.cuts if trace.answer else []:
+            ids = torch.tensor([trace.tokens[:cut] + trace.tokens[trace.cuts[-1]:trace.answer_end]])
+            labels = ids.clone()
+            labels[:, :ids.shape[1] - len(trace.answer)] = -100  # no loss for these
+            expected.append(math.exp(-llama(ids, labels=labels).loss.item()))
         assert m.tolist() == [True] * len(expected) + [False] * (len(m) - len(expected))
         close(p[m], expected, 1e-5)
+        assert p[~m].tolist() == [0] * (len(m) - len(expected))
+
+
+def check_packed_support(traces, tokens=2048, width=1024):
+    support, mask = answer_support(MODEL, traces)
+    with patch.object(prg, "pack", partial(pack, width=width)):
+        packed, packed_mask = packed_support(MODEL, traces, tokens)
+    assert torch.equal(packed_mask, mask)
+    close(packed, support, 1e-5)
 
 
 def test_packed_support_is_that_of_separate_passes():
-    check_support(MODEL, TRACES)
+    check_packed_support(TRACES)
+    check_packed_support([])
 
 
 SHAPES = st.builds(make_trace, st.lists(st.integers(0, 4), max_size=4), st.integers(1, 3),
@@ -168,19 +172,12 @@ SHAPES = st.builds(make_trace, st.lists(st.integers(0, 4), max_size=4), st.integ
 @settings(max_examples=40)
 @given(st.lists(SHAPES, min_size=1, max_size=6), st.sampled_from([1, 64, 2048]), st.integers(1, 99))
 def test_packed_support_of_any_traces(traces, tokens, width):
-    check_support(MODEL, traces, tokens, width)
+    check_packed_support(traces, tokens, width)
 
 
-def test_support_through_a_transformers_model():
-    tf = transformers()
-    torch.manual_seed(0)
-    llama = tf.LlamaForCausalLM(tf.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, initializer_range=0.3, attn_implementation="sdpa")).eval()
-
-    def model(ids, positions=None, mask=None):
-        return llama(ids, position_ids=positions, attention_mask=mask).logits
-    check_support(model, TRACES)
+def prg_by_definition(model, trace) -> float:
+    support, mask = answer_support(model, [trace])
+    return gain_by_definition(support[mask].tolist())
 
 
 def plain_logprobs(model, trace) -> torch.Tensor:
@@ -198,11 +195,15 @@ GROUPS = [make_trace([2 * j, j], prompt=3 + 4 * i, tail=1, seed=5 * i + j)
                                                  (1024, 2048, 3)])
 def test_packed_responses_have_the_log_probabilities_and_gradients_of_separate_passes(
         width, tokens, rows):
+    """Also where each row holds one response and the mask is left out."""
     model = tiny()
     factors = torch.linspace(-1, 1, len(GROUPS))
     found = {}
     batches = pack(GROUPS, copies=False, tokens=tokens, width=width)
     assert sum(len(batch.input_ids) for batch in batches) == rows
+    for batch in batches:
+        one_response_a_row = len(batch.trace) == len(batch.input_ids)
+        assert (batch.attention_mask is None) == one_response_a_row
     for batch in batches:
         for i, row, mask in zip(batch.trace.tolist(), train.Policy(model)(batch), batch.mask):
             found[i] = row[mask]
@@ -327,6 +328,49 @@ def test_an_answer_has_earned_what_the_rollouts_that_give_it_have():
     votes = pool_by_answer(torch.ones(8), answers, 4)
     close(votes, [0.5, 0.25, 0.5, 0.25, 1, 1, 1, 1])
     assert len(pool_by_answer(w[:0], answers[:0], 4)) == 0, "a process may have no query"
+
+
+def test_what_each_method_learns_from_its_rollouts():
+    """By hand, for two groups of four; a rollout without an answer has the number -1."""
+    c = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+    prg = torch.tensor([0.2, 0.05, 0.4, -1.0, 0.1, -1.0, 0.2, 0.3])
+    answers = torch.tensor([0, 1, 0, -1, 0, -1, 2, 0])
+    w = [1, weight_by_definition(0.05, 0.2, 0.5), 1, 0,
+         weight_by_definition(0.1, 0.2, 0.5), 0, 1, 1]
+    expected = {
+        "rd": ([0] * 8, [0] * 8), "rlif": (c.tolist(), [1] * 8), "static": (c.tolist(), [0.5] * 8),
+        "votes": ([4 / 4, 2 / 4, 4 / 4, 0, 13 / 4, 0, 7 / 4, 13 / 4],
+                  [2 / 4, 1 / 4, 2 / 4, 0, 2 / 4, 0, 1 / 4, 2 / 4]),
+        "hytuning": ([4 / 4, w[1] * 2 / 4, 4 / 4, 0, (w[4] * 5 + 8) / 4, 0, 7 / 4,
+                      (w[4] * 5 + 8) / 4],
+                     [2 / 4, w[1] / 4, 2 / 4, 0, (w[4] + 1) / 4, 0, 1 / 4, (w[4] + 1) / 4])}
+    for method, (r, e) in expected.items():
+        A, earned = learning_signals(method, c, prg, answers, 4, anchor=0.2)
+        close(A, group_advantages(torch.tensor(r).float(), 4))
+        close(earned, e)
+    assert set(expected) == set(train.METHODS)
+    for method in ("rd", "rlif", "static", "votes"):
+        A, earned = learning_signals(method, c, None, answers, 4)
+        assert len(A) == len(earned) == 8, "PRG and anchor are used by hytuning alone"
+    with pytest.raises(ValueError, match="magic"):
+        learning_signals("magic", c, prg, answers, 4, 0.2)
+    nothing = torch.zeros(0)
+    assert [len(x) for x in learning_signals("hytuning", *[nothing] * 3, 4, 0.2)] == [0, 0]
+
+
+def test_without_any_answer_nothing_is_learned_whatever_the_anchor():
+    """The gate alone would let a little through, and advantages would make it large."""
+    none = torch.full((4,), -1)
+    for anchor in (-0.5, 0.9):
+        A, e = learning_signals("hytuning", torch.rand(4), -torch.ones(4), none, 4, anchor)
+        assert A.tolist() == e.tolist() == [0, 0, 0, 0]
+
+
+def test_traces_count_by_their_gain_in_hytuning_alone():
+    prg = torch.tensor([0.3, 0.1, -0.2])
+    w = torch.tensor([weight_by_definition(x, 0.2, 0.5) for x in prg.tolist()])
+    close(trace_weights("hytuning", prg, 0.2), w / w.mean())
+    assert trace_weights("votes", prg, 0.2).tolist() == [1, 1, 1]
 
 
 def some_losses():
@@ -752,8 +796,8 @@ def test_the_marker_begins_with_its_stars():
 
 
 def test_votes_are_counted_whatever_the_spelling():
-    assert data.same_answers(["4", "5", "4.0", None, None, "$5"]) == [0, 1, 0, 3, 4, 1]
-    assert data.same_answers(["5 apples", "5 pears", "5"]) == [0, 1, 0], "the first one decides"
+    assert data.number_answers(["4", "5", "4.0", None, None, "$5"], 3) == [0, 1, 0, -1, -1, 2]
+    assert data.number_answers(["5 apples", "5 pears", "5"], 3) == [0, 1, 0], "the first one decides"
     assert data.majority(["4", "5", "4.0", None]) == ("4", 0.5)
     assert data.majority(["5", "4"]) == ("5", 0.5), "the earliest of equals"
     assert data.majority([None, None]) == data.majority([]) == (None, 0.0)
@@ -809,12 +853,12 @@ def make(kind: str, special=(), template: str = "", normalizer=None) -> Tokenize
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """(arguments of make) -> Text."""
-    def build(*arguments, eos_ids=(), max_steps=16, chat_template=None, **more):
+    def build(*arguments, eos_ids=(), max_reasoning_steps=16, chat_template=None, **more):
         folder = tmp_path_factory.mktemp("tokenizer")
         config = {"bos_token": "<s>", "chat_template": chat_template}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         make(*arguments, **more).save(str(folder / "tokenizer.json"))
-        return data.Text(folder, eos_ids, max_steps=max_steps)
+        return data.Text(folder, eos_ids, max_reasoning_steps=max_reasoning_steps)
     return build
 
 
@@ -870,7 +914,7 @@ LINE = st.text("aé漢🙂 .", min_size=1, max_size=4).map(str.strip).filter(boo
 @settings(max_examples=60)
 @given(st.lists(LINE, max_size=9), LINE, st.sampled_from(["\n", "\n\n", "\n  "]), st.integers(1, 6))
 def test_steps_of_any_text_are_whole_lines_merged_evenly(build, lines, answer, between, max_steps):
-    text = build("bytes", CHATML, max_steps=max_steps)
+    text = build("bytes", CHATML, max_reasoning_steps=max_steps)
     written = between.join(["", *lines, f"Answer: {answer}"]) + "\nbye"
     response = text.encode(written) + [text.end]
     tokens, cuts, start, end = text.parse([1, 2], response)
@@ -1112,14 +1156,22 @@ def outcome(out) -> tuple[list[dict], dict]:
 
 
 def flat(result: dict) -> dict:
-    """An evaluation as numbers alone, which approx compares."""
-    rows = {f"bin {i}": x for i, x in enumerate(sum(map(list, result["reliability"]), []))}
-    return {**{name: result[name] for name in result if name != "reliability"}, **rows}
+    """An evaluation as a flat dictionary of numbers, which approx compares."""
+    numbers = {}
+    for name, value in result.items():
+        if name in ("sample", "vote"):
+            numbers.update({f"{name} {measure}": x for measure, x in value.items()})
+        elif name == "reliability":
+            numbers.update({f"bin {i}": x for i, x in enumerate(sum(map(list, value), []))})
+        else:
+            numbers[name] = value
+    return numbers
 
 
 def files_of(folder) -> list:
-    return ["--model", folder, "--labeled", folder / "labeled.jsonl",
-            "--unlabeled", folder / "unlabeled.jsonl", "--eval", folder / "eval.jsonl"]
+    records = folder / "data-0"
+    return ["--model", folder, "--labeled", records / "labeled.jsonl",
+            "--unlabeled", records / "unlabeled.jsonl", "--eval", records / "eval.jsonl"]
 
 
 @pytest.fixture(scope="module")
@@ -1138,8 +1190,13 @@ def trainer_for(toy_run):
     def build(*more):
         argv = [*files_of(toy_run[0] / "out/toy"), *SHORT, *more]
         args = train.parse_arguments([str(word) for word in argv])
-        return train.Trainer(args, 0, 1, torch.device("cpu"))
+        return train.Trainer(args, *train.load_inputs(args))
     return build
+
+
+def evaluated(trainer) -> dict:
+    held_out = train.load_inputs(trainer.args)[2].held_out
+    return train.evaluate(held_out, train.answer_held_out(trainer, held_out))
 
 
 def test_the_default_run_learns_and_says_how(toy_run):
@@ -1150,7 +1207,8 @@ def test_the_default_run_learns_and_says_how(toy_run):
     assert all(0 < line["lambda"] < 1 for line in lines)
     assert lines[-1]["loss_rd"] < 0.8 * lines[0]["loss_rd"]
     result = json.loads((out / "eval.json").read_text())
-    assert result["final"]["accuracy"] > result["base"]["accuracy"] + 0.1
+    before, after = (result[name]["sample"]["accuracy"] for name in ("base", "final"))
+    assert after > before + 0.1
     assert "right answer" in toy_run[1] and "p = " in toy_run[1], "--show prints a query's support"
 
 
@@ -1160,7 +1218,8 @@ def test_the_saved_model_is_complete(toy_run, tmp_path, monkeypatch):
     folder = tmp_path / "a b é 漢"
     shutil.copytree(cwd / "out/run/model", folder)
     monkeypatch.chdir(tmp_path)
-    train.main(["--eval_only", "--model", str(folder), "--eval", str(cwd / "out/toy/eval.jsonl"),
+    path = cwd / "out/toy/data-0/eval.jsonl"
+    train.main(["--eval_only", "--model", str(folder), "--eval", str(path),
                 *map(str, SMALL), "--max_new_tokens", "48", "--max_eval", "40",
                 "--eval_samples", "4", "--out", "again é"])
     again = json.loads((tmp_path / "again é" / "eval_only.json").read_text())
@@ -1168,7 +1227,7 @@ def test_the_saved_model_is_complete(toy_run, tmp_path, monkeypatch):
     assert flat(again["model"]) == pytest.approx(flat(before["final"]))
     ours = load_pretrained(folder)
     text = data.Text(folder, ours.eos_ids)
-    prompt = text.prompt(data.read_jsonl(cwd / "out/toy/eval.jsonl")[0][1]["prompt"])
+    prompt = text.prompt(data.read_jsonl(path)[0][1]["prompt"])
     tokenizer = transformers().AutoTokenizer.from_pretrained(folder)
     assert tokenizer(text.decode(prompt)).input_ids == prompt
     ids = torch.tensor([prompt])
@@ -1183,27 +1242,26 @@ def test_the_end_token_stays_the_first_of_several(trainer_for, toy_run, tmp_path
     assert trainer.text.end == 1 and trainer.model.eos_ids == (1, 0)
 
 
-def test_a_judge_that_does_not_understand_the_traces_is_named(trainer_for, tmp_path, capsys):
-    trainer = trainer_for()
+def test_a_judge_that_finds_little_gain_in_the_traces_is_warned_of(trainer_for, tmp_path, capsys):
+    trainer = trainer_for("--steps", 0, "--out", tmp_path)
+    train.train(trainer, None, None, None)
     assert "warning" not in capsys.readouterr().out
-    for p in trainer.model.parameters():
-        nn.init.normal_(p)
-    save_pretrained(trainer.model, tmp_path)
-    trainer_for("--model", tmp_path)
+    trainer.anchor = 0.04
+    train.train(trainer, None, None, None)
     said = capsys.readouterr().out
-    assert "warning" in said and str(tmp_path) in said and "--method rd" in said
+    assert "warning" in said and trainer.args.model in said and "--method rd" in said
 
 
 def test_a_trace_counts_as_its_lines_earn_its_answer(toy_run, trainer_for, tmp_path):
     """By its own PRG under the starting model, which stays what it was, and in hytuning alone."""
     start = load_pretrained(toy_run[0] / "out/toy")
-    records = [record for _, record in data.read_jsonl(toy_run[0] / "out/toy/labeled.jsonl")]
+    records = [record for _, record in data.read_jsonl(toy_run[0] / "out/toy/data-0/labeled.jsonl")]
     answers = sorted({record["answer"] for record in records})
     for record in records[:4]:
         record["answer"] = answers[answers.index(record["answer"]) - 1]  # another one
     path = write_lines(tmp_path / "labeled.jsonl", *records)
     trainer = trainer_for("--labeled", path, "--lr", 1)
-    gains = [gain_by_definition(separate_passes(start, x)) for x in trainer.traces]
+    gains = [prg_by_definition(start, x) for x in trainer.traces]
     anchor = sum(gains) / len(gains)
     w = torch.tensor([weight_by_definition(x, anchor, 0.5) for x in gains])
     close(trainer.v, w / w.mean(), 1e-4)
@@ -1220,11 +1278,11 @@ def test_what_the_sampler_saw_stands_beside_its_sample(trainer_for):
     """Though prompts are sampled by length, a few at a time."""
     trainer = trainer_for("--rollouts_per_batch", 6)
     prompts = [trainer.queries[0][:n] for n in (30, 5, 20)]
-    rollouts, seen = trainer.sample(prompts, 3, 1.0, 0)
+    rollouts, certainty, entropies = trainer.sample(prompts, 3, seed=0)
     for i, x in enumerate(rollouts):
         assert x.prompt == prompts[i // 3]
         logits = trainer.model(torch.tensor([x.tokens]))[0, x.cuts[0] - 1:-1]
-        close(seen[:, i], watched(logits).mean(-1), 1e-4)
+        close([certainty[i], entropies[i]], watched(logits).mean(-1), 1e-4)
 
 
 def watch(trainer):
@@ -1237,15 +1295,14 @@ def watch(trainer):
 @pytest.mark.parametrize("method", train.METHODS[1:])
 def test_a_step_makes_of_its_rollouts_what_the_method_says(method, trainer_for):
     """Everything by definition, with a pass for each text: PRG, w, c, r, A, lambda."""
-    trainer = trainer_for("--group_size", 4, "--queries_per_step", 3, "--temperature", 1.3,
-                          "--method", method)
+    trainer = trainer_for("--group_size", 4, "--queries_per_step", 3, "--method", method)
     line, rollouts, A, lam = watch(trainer)
     text, judge = trainer.text, trainer.judge  # the model has not been trained before
     answers = [text.answer(x.response) for x in rollouts]
     w = []
     c = []
     for x, answer in zip(rollouts, answers):
-        gain = gain_by_definition(separate_passes(judge, x))
+        gain = prg_by_definition(judge, x)
         weight = weight_by_definition(gain, trainer.anchor, 0.5) if method == "hytuning" else 1
         w.append(weight if answer else 0)
         logits = judge(torch.tensor([x.tokens]))[0, x.cuts[0] - 1:-1]
@@ -1274,21 +1331,6 @@ def test_a_step_makes_of_its_rollouts_what_the_method_says(method, trainer_for):
     assert len({round(a, 3) for a in A.tolist()}) > 3, "or nothing was told apart"
 
 
-def test_what_has_no_answer_earns_nothing(trainer_for):
-    """Whatever the anchor: however little a gate let through, an advantage would make it large."""
-    trainer = trainer_for("--group_size", 4)
-    trainer.anchor = 0.9
-    whole = trainer.traces[0]
-    cut = Trace(whole.tokens[:-3], whole.cuts[:1], len(whole.tokens) - 3)
-    seen = torch.tensor([[10.0, 11, 12, 13], [1, 1, 1, 1]], dtype=torch.double)
-    with patch.object(trainer, "sample", lambda *_: ([cut] * 4, seen)):
-        _, _, A, lam = watch(trainer)
-    assert lam == 0 and A.tolist() == [0, 0, 0, 0]
-    with patch.object(trainer, "sample", lambda *_: ([whole, cut, cut, cut], seen)):
-        _, _, A, lam = watch(trainer)
-    assert lam > 0 and A[0] > 1 and len(set(A[1:].tolist())) == 1
-
-
 def update(trainer, rollouts, A, lam):
     """(L_RD, L_RLIF, norm) of an update and, by name, the gradient that the optimizer is given."""
     gradient = {}
@@ -1307,7 +1349,7 @@ def update(trainer, rollouts, A, lam):
 def test_an_update_has_the_gradient_of_plain_passes_over_all_texts(lam, zeros, more, trainer_for):
     """Packed, in several batches, and without the rollouts whose advantage is 0."""
     trainer = trainer_for("--max_grad_norm", 1e9, *more)
-    rollouts, _ = trainer.sample(trainer.queries[:2], 4, 1.0, 0)
+    rollouts, _, _ = trainer.sample(trainer.queries[:2], 4, seed=0)
     A = torch.linspace(-1, 1.4, 8, dtype=torch.double)
     A[list(zeros)] = 0
     (L_RD, L_RLIF, norm), found = update(trainer, rollouts, A, lam)
@@ -1320,10 +1362,8 @@ def test_an_update_has_the_gradient_of_plain_passes_over_all_texts(lam, zeros, m
     hytuning_loss(rd, rlif, lam).backward()
     for name, p in model.named_parameters():
         close(found[name], p.grad, 1e-5)
-    if lam < 1:
-        assert L_RD == pytest.approx(rd.item(), rel=1e-5)
-    if lam > 0:
-        assert L_RLIF == pytest.approx(-A.mean().item(), abs=1e-5)
+    assert L_RD == pytest.approx(rd.item() if lam < 1 else 0, rel=1e-5)
+    assert L_RLIF == pytest.approx(-A.mean().item() if lam > 0 else 0, abs=1e-5)
     squares = sum(p.grad.square().sum() for p in model.parameters())
     assert norm == pytest.approx(squares.sqrt().item(), rel=1e-4, abs=1e-7)
 
@@ -1350,44 +1390,52 @@ def repeated(folder) -> Path:
 
 
 def test_an_evaluation_is_its_definition_whatever_the_batches(toy_run, trainer_for):
-    path = repeated(toy_run[0] / "out/toy")
+    path = repeated(toy_run[0] / "out/toy/data-0")
     trainer = trainer_for("--eval", path, "--max_eval", 0, "--eval_samples", 6)
-    result = trainer.evaluate()
-    rows = []
-    for prompt, _, gold in trainer.held_out:
+    result = evaluated(trainer)
+    samples = []
+    votes = []
+    greedy = []
+    for prompt, _, gold in train.load_inputs(trainer.args)[2].held_out:
         seed = ("evaluation", 0)
-        group, _ = trainer.sample([prompt], 6, 1.0, seed)
-        (best,), _ = trainer.sample([prompt], 1, 0.0, seed)
+        group, _, _ = trainer.sample([prompt], 6, seed)
+        (best,), _, _ = trainer.sample([prompt], 1, seed, temperature=0.0)
         answers = [trainer.text.answer(x.response) for x in group]
-        right = [bool(a) and data.answers_match(a, gold) for a in answers]
+        for x, answer in zip(group, answers):
+            support, mask = answer_support(trainer.model, [x])
+            p_K = support[mask][-1].item() if answer else 0
+            right = bool(answer) and data.answers_match(answer, gold)
+            samples.append((p_K, right, prg_by_definition(trainer.model, x), bool(answer)))
         winner, share = data.majority(answers)
-        gain = sum(gain_by_definition(separate_passes(trainer.model, x)) for x in group) / 6
-        greedy = trainer.text.answer(best.response)
-        rows.append((sum(right) / 6, share, bool(winner) and data.answers_match(winner, gold), gain,
-                     bool(greedy) and data.answers_match(greedy, gold)))
-    accuracy, confidence, correct, gains, greedy = zip(*rows)
-    wrong = [c for c, right in zip(confidence, correct) if not right]
-    expected = dict(
-        n=9, accuracy=sum(accuracy) / 9, confidence=sum(confidence) / 9, prg=sum(gains) / 9,
-        majority_accuracy=sum(correct) / 9, greedy_accuracy=sum(greedy) / 9,
-        confidence_when_wrong=sum(wrong) / len(wrong) if wrong else None,
-        ece=expected_calibration_error(confidence, correct),
-        brier=brier_score(confidence, correct),
-        auroc=auroc(confidence, correct) if 0 < sum(correct) < 9 else None,
-        reliability=prg.reliability(confidence, correct))
+        votes.append((share, bool(winner) and data.answers_match(winner, gold)))
+        single = trainer.text.answer(best.response)
+        greedy.append(bool(single) and data.answers_match(single, gold))
+    p, right, gains, answered = zip(*samples)
+    expected = {"n": 9, "prg": sum(gains) / 54, "answered": sum(answered) / 54,
+                "greedy_accuracy": sum(greedy) / 9, "reliability": prg.reliability(p, right)}
+    for name, confidence, correct in (("sample", p, right), ("vote", *zip(*votes))):
+        wrong = [c for c, r in zip(confidence, correct) if not r]
+        expected[name] = dict(
+            accuracy=sum(correct) / len(correct), confidence=sum(confidence) / len(correct),
+            confidence_when_wrong=sum(wrong) / len(wrong),
+            ece=expected_calibration_error(confidence, correct),
+            brier=brier_score(confidence, correct), auroc=auroc(confidence, correct))
     assert flat(result) == pytest.approx(flat(expected), abs=1e-5)
     for size in (1, 13):
         trainer.args.rollouts_per_batch = size
-        assert flat(trainer.evaluate()) == pytest.approx(flat(result))
+        assert flat(evaluated(trainer)) == pytest.approx(flat(result))
 
 
-def test_the_reliability_diagram_is_drawn_to_scale(capsys):
-    measures = {"accuracy": 0.25, "auroc": None, "n": 8}
-    base = {**measures, "reliability": [(0.25, 0.5, 6), (1.0, 0.0, 2)]}
+def test_results_are_printed_as_a_table_and_diagrams_to_scale(capsys):
+    block = {"accuracy": 0.25, "auroc": None}
+    base = {"sample": block, "vote": {"accuracy": 0.5, "auroc": 0.75}, "greedy_accuracy": 0.5,
+            "answered": 1.0, "prg": 0.1, "reliability": [(0.25, 0.5, 6), (1.0, 0.0, 2)]}
     train.print_results({"base": base, "final": {**base, "reliability": [(0.5, 1.0, 8)]}})
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines[1:5]] == [
-        ["base", "final"], ["accuracy", "0.250", "0.250"], ["auroc", "-", "-"], ["n", "8", "8"]]
+    start = next(i for i, line in enumerate(lines) if line.split() == ["base", "final"])
+    assert [line.split() for line in lines[start + 1:start + 5]] == [
+        ["sample", "vote"] * 2, ["accuracy", *["0.250", "0.500"] * 2], ["auroc", *["-", "0.750"] * 2],
+        ["greedy_accuracy", "0.500", "0.500"]]
     diagram = [line for line in lines if line.startswith("  ") and " of " in line]
     assert diagram == ["  0.25  " + "#" * 10 + "|" + "#" * 9 + " " * 21 + "  0.50 of 6",
                        "  1.00  " + " " * 40 + "|  0.00 of 2",
@@ -1398,7 +1446,7 @@ def test_random_numbers_are_never_used_twice(trainer_for):
     """Neither by the evaluation and the training, at seed 0, nor by two steps."""
     trainer = trainer_for("--queries_per_step", 1, "--rollouts_per_batch", 1000)
     with patch.object(train, "generate", wraps=generate) as calls:
-        trainer.evaluate()
+        evaluated(trainer)
         trainer.step()
         trainer.step()
     seeds = [call.kwargs["seed"] for call in calls.call_args_list if call.kwargs["temperature"]]
@@ -1414,7 +1462,7 @@ def test_an_epoch_is_a_shuffle_of_its_own_for_traces_and_queries(trainer_for):
     orders = set()
     for stream, epoch in (("traces", 0), ("queries", 0), ("traces", 1), ("queries", 1)):
         order = []
-        for trainer.done in range(3 * epoch, 3 * epoch + 3):
+        for trainer.steps_done in range(3 * epoch, 3 * epoch + 3):
             for trainer.rank in range(3):
                 order += trainer.share_of_batch(31, 10, stream)
         assert len(order) == len(set(order)) == 30, "nothing comes up twice in an epoch"
@@ -1440,14 +1488,14 @@ def test_an_out_that_cannot_be_written_ends_before_the_first_evaluation(out, toy
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a file").touch()
     argv = [*files_of(toy_run[0] / "out/toy"), *SHORT, "--out", out]
-    with patch.object(train.Trainer, "evaluate", side_effect=AssertionError("too late")):
+    with patch.object(train, "answer_held_out", side_effect=AssertionError("too late")):
         with pytest.raises((OSError, train.UsageError)):
             train.main([str(word) for word in argv])
 
 
 @pytest.mark.parametrize("arguments, named", [
     ("--model m", "--labeled"), ("--unlabeled a.jsonl", "--model"), ("--tau 0", "--tau"),
-    ("--temperature 0", "--temperature"), ("--lr nan", "--lr"), ("--lr much", "--lr"),
+    ("--max_steps 9", "--max_steps"), ("--lr nan", "--lr"), ("--lr much", "--lr"),
     ("--steps -1", "--steps"), ("--group_size 1", "--group_size"), ("--marker \n", "--marker"),
     ("--lerning_rate 1", "--lerning_rate"), ("--method magic", "--method"), ("--step 1", "--step")])
 def test_a_bad_command_line_ends_with_a_sentence_that_names_it(arguments, named, capsys):
@@ -1498,7 +1546,7 @@ class Disarmed(Hashed):
 class Struck(Hashed):
     # The last process is sent a signal as step 4 begins.
     def step(self):
-        if self.done == 3 and self.rank == self.world_size - 1:
+        if self.steps_done == 3 and self.rank == self.world_size - 1:
             os.kill(os.getpid(), self.signal)
         return super().step()
 
@@ -1509,12 +1557,12 @@ class Terminated(Struck):
     signal = signal.SIGTERM
 
 world = []
-def set_up_once(args, set_up=train.set_up):
+def set_up_once(args, set_up=train.set_up_processes):
     if not world:
         world.append(set_up(args))
     return world[0]
 
-train.set_up = set_up_once
+train.set_up_processes = set_up_once
 leave = train.dist.destroy_process_group
 train.dist.destroy_process_group = lambda: None
 for name, argv in json.loads(sys.argv[1]):
@@ -1533,7 +1581,7 @@ RESUMED = [*UNEVEN, "--resume"]
 def drive(cwd, processes, *runs):
     """The runs (class of trainer, out, arguments) in one set of processes."""
     (cwd / "driver.py").write_text(DRIVER)
-    common = [*files_of(Path("out/toy")), "--eval", "out/toy/repeated.jsonl", *SMALL,
+    common = [*files_of(Path("out/toy")), "--eval", "out/toy/data-0/repeated.jsonl", *SMALL,
               "--max_eval", 0, "--save_every", 2, "--lr", 2e-4, "--dtype", "float32"]
     todo = []
     for trainer, out, more in runs:
@@ -1548,7 +1596,7 @@ def drive(cwd, processes, *runs):
 def worlds(toy_run):
     """The same runs by 1, 2 and 3 processes, also cut short and gone on with: (folder, stderr)."""
     cwd = toy_run[0]
-    repeated(cwd / "out/toy")
+    repeated(cwd / "out/toy/data-0")
     said = {}
     for n in (1, 2, 3):
         runs = [("Hashed", f"uneven-{n}", UNEVEN), ("Hashed", f"idle-{n}", IDLE)]
@@ -1559,10 +1607,10 @@ def worlds(toy_run):
             runs += [("Hashed", f"killed-{n}", RESUMED), ("Terminated", f"stopped-{n}", UNEVEN),
                      ("Hashed", f"stopped-{n}", RESUMED)]
         if n == 2:
-            runs += [("Disarmed", "disarmed-2", UNEVEN), ("Hashed", "zero-2", [*UNEVEN, "--zero"]),
-                     ("Hashed", "shards-3", [*UNEVEN, "--zero", "--steps", 3])]
+            runs += [("Disarmed", "disarmed-2", UNEVEN),
+                     ("Hashed", "moved-3", [*UNEVEN, "--steps", 3])]
         if n == 3:
-            runs += [("Hashed", "shards-3", [*RESUMED, "--zero"])]
+            runs += [("Hashed", "moved-3", RESUMED)]
         done = drive(cwd, n, *runs)
         assert done.returncode == 0, done.stderr
         said[-n] = done.stdout
@@ -1573,9 +1621,9 @@ def hashes(out, name, processes) -> list[list[str]]:
     return [(out / f"{name}-{rank}.hashes").read_text().split() for rank in range(processes)]
 
 
-@pytest.mark.parametrize("name", ["uneven-2", "uneven-3", "idle-2", "idle-3", "zero-2", "shards-3"])
+@pytest.mark.parametrize("name", ["uneven-2", "uneven-3", "idle-2", "idle-3", "moved-3"])
 def test_any_number_of_processes_makes_the_run_of_one(name, worlds):
-    """To rounding, and with --zero too, where 3 processes go on from a checkpoint of 2."""
+    """To rounding; in one run 3 processes continue from the checkpoint of 2."""
     one = worlds[0] / ("idle-1" if "idle" in name else "uneven-1")
     lines, weights = outcome(one)
     theirs, their_weights = outcome(worlds[0] / name)
@@ -1593,7 +1641,7 @@ def test_any_number_of_processes_makes_the_run_of_one(name, worlds):
 
 
 @pytest.mark.parametrize("name, steps", [("uneven-2", 5), ("uneven-3", 5), ("idle-2", 3),
-                                         ("idle-3", 3), ("zero-2", 5)])
+                                         ("idle-3", 3)])
 def test_all_processes_hold_the_same_weights_after_every_step(name, steps, worlds):
     first, *others = hashes(worlds[0], name, int(name[-1]))
     assert len(set(first)) == steps, "a step changes the weights"
@@ -1633,14 +1681,14 @@ def test_torchrun_names_the_process_that_died(worlds):
 def test_a_damaged_checkpoint_is_named(trainer_for, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"PK")
     with pytest.raises(train.UsageError, match="checkpoint.pt cannot be read"):
-        trainer_for("--out", tmp_path).restore()
+        train.load_checkpoint(trainer_for("--out", tmp_path), None)
 
 
 @pytest.mark.parametrize("more, named", [
     (["--lr", 1], "--lr"), (["--group_size", 3], "--group_size"), (["--seed", 1], "--seed")])
 def test_a_run_resumed_with_other_settings_is_refused_by_name(more, named, worlds, monkeypatch):
     monkeypatch.chdir(worlds[0].parent)
-    argv = [*files_of(Path("out/toy")), "--eval", "out/toy/repeated.jsonl", *SMALL, "--max_eval", 0,
+    argv = [*files_of(Path("out/toy")), "--eval", "out/toy/data-0/repeated.jsonl", *SMALL, "--max_eval", 0,
             "--lr", 2e-4, "--dtype", "float32", "--out", "out/uneven-1", *RESUMED, *more]
     with pytest.raises(train.UsageError, match=named):
         train.main([str(word) for word in argv])
@@ -1686,7 +1734,7 @@ def test_a_command_of_the_readme_works(block, toy_run, tmp_path):
     for folder in ["out/toy", *re.findall(r"--model (\S+)", block)]:
         shutil.copytree(toy, tmp_path / folder, dirs_exist_ok=True)
     for name in re.findall(r"--(?:labeled|unlabeled|eval) (\w+\.jsonl)", block):
-        shutil.copy(toy / "labeled.jsonl", tmp_path / name)
+        shutil.copy(toy / "data-0/labeled.jsonl", tmp_path / name)
     (tmp_path / "stand_in.py").write_text(f"SHORT = {[str(word) for word in SHORT]}\n{STAND_IN}")
     (tmp_path / "bin").mkdir()
     for path in [tmp_path / "bin" / name for name in ("python", "torchrun", "pip")]:

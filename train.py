@@ -744,24 +744,19 @@ def main(argv=None):
     out = Path(args.out)
     if not args.eval_only and Path(args.model).resolve() == (out / "model").resolve():
         raise UsageError(f"--model {args.model} is where this run would write: use another --out")
-    model = load_pretrained(args.model, device)
-    text = data.Text(args.model, model.eos_ids, args.marker, args.max_reasoning_steps)
-    # The end token that is trained comes first: the saved model must stop where it learned to.
-    model.eos_ids = tuple(dict.fromkeys((text.end, *model.eos_ids)))
-    records = load_records(args, text)
-    check_sizes(args, model.config, text)
+    model, text, records = load_inputs(args, device)
     out.mkdir(parents=True, exist_ok=True)
-
     trainer = Trainer(args, model, text, records, rank, world_size)
     held_out = records.held_out
     results = {}
     finished = True
     if not args.eval_only:
         base = load_checkpoint(trainer, records) if args.resume else None
+        log = open_log(out, trainer.steps_done) if rank == 0 else None
         if held_out and base is None:
             base = evaluate(held_out, answer_held_out(trainer, held_out))
         results["base"] = base
-        finished = train(trainer, records, base)
+        finished = train(trainer, records, base, log)
         if rank == 0:
             save_pretrained(model, out / "model")
             say(f"the model is in {out / 'model'}, the log in {out / 'metrics.jsonl'}")
@@ -782,32 +777,37 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
-def check_sizes(args, config: Config, text: data.Text):
-    if text.vocab_size > config.vocab_size:
+def load_inputs(args, device="cpu") -> tuple[Decoder, data.Text, Records]:
+    """The model, its tokenizer and the data. Raises UsageError if they do not fit together."""
+    model = load_pretrained(args.model, device)
+    text = data.Text(args.model, model.eos_ids, args.marker, args.max_reasoning_steps)
+    # The end token that is trained comes first: the saved model must stop where it learned to.
+    model.eos_ids = tuple(dict.fromkeys((text.end, *model.eos_ids)))
+    if text.vocab_size > model.config.vocab_size:
         raise UsageError(f"{args.model}: tokenizer.json has more tokens than config.json's "
                          "vocab_size: use the tokenizer that belongs to the model")
+    records = load_records(args, text)
     longest = args.max_prompt_tokens + args.max_new_tokens
-    if longest > config.context:
+    if longest > model.config.context:
         raise UsageError(f"--max_prompt_tokens and --max_new_tokens add up to {longest} tokens, "
-                         f"but {args.model} was made for {config.context}: lower them")
+                         f"but {args.model} was made for {model.config.context}: lower them")
+    return model, text, records
 
 
-def train(trainer: Trainer, records: Records, base: dict | None) -> bool:
+def train(trainer: Trainer, records: Records, base: dict | None, log) -> bool:
     """Do the remaining steps, with log and checkpoints; False if SIGINT or SIGTERM ended them."""
     args = trainer.args
     if args.method == "hytuning" and trainer.anchor < 0.05:
         say(f"warning: under {args.model} the mean PRG of the supervised traces is only "
             f"{trainer.anchor:.3f}; the model has probably not learned the answer format: train it "
             "with --method rd first and start from the result")
-    if trainer.rank == 0:
-        log = open_log(Path(args.out), trainer.steps_done)
     stopping = False
     bar = tqdm(total=args.steps, initial=trainer.steps_done, desc=args.method,
                disable=trainer.rank > 0 or None)  # None: shown on a terminal only
     with note_signals() as signals, bar:
         while trainer.steps_done < args.steps and not stopping:
             line = trainer.step()
-            if trainer.rank == 0:
+            if log is not None:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
             bar.update()
