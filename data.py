@@ -1,10 +1,10 @@
-"""Text in, text out: answers, tokens, JSONL records, and a toy task.
+"""Text in, text out: answers, prompts and responses, JSONL records, and a toy task.
 
 A response is reasoning, one step a line, then a marker ("Answer:") and the answer on the same line.
-Steps and answer are found in the response's own token ids: text that is encoded again may split
-differently. On the toy task the method's effect can be seen in a minute on a laptop.
+Steps and answer are located in the response's own token ids, because text that is encoded again may
+be split differently. On the toy task the effect of the method can be seen in a minute on a laptop.
 
-This file imports nothing of the project, so it can be taken alone. Next to read: model.py.
+This file is self-contained; copy it freely. Next to read: model.py.
 
 SPDX-License-Identifier: MIT
 """
@@ -12,7 +12,9 @@ import hashlib
 import json
 import re
 import unicodedata
+from datetime import datetime
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,147 +62,168 @@ def extract_answer(text: str, marker: str = MARKER) -> str | None:
     return text[found[1]:found[2]]
 
 
-# How an answer looks, not what it says: (pattern, what it becomes), in this order.
-REWRITE = [
-    # Dashes that can be a minus, curly quotes, the slashes of fractions.
-    (r"[\u2010-\u2015\u2212]", "-"),
-    (r"[\u2018-\u201f]", "'"),
-    (r"[\u2044\u2215]", "/"),
-    # Markdown: bold, but not the power in 2**3, and code.
-    (r"\*\*(?!\w)|(?<!\w)\*\*|`", ""),
-    # LaTeX: spacing, wrappers, fractions (\frac12 and \frac{1}{2}), escaped signs; braces around
-    # one word, since around more they may mean something.
-    (r"\\[,;:!]", ""),
-    (r"\\(?:boxed|text[a-z]*|math[a-z]*|left|right)(?![a-z])", ""),
-    (r"\\[dt]?frac ?\{? ?(-?\d+|\d) ?\}? ?\{? ?(\d+) ?\}?", r" \1/\2"),
-    (r"\\(?![a-z])", ""),
-    (r"\{([\w.,-]*)\}", r"\1"),
-    # US$ is $.
-    (r"\b[a-z]{1,3}(?=\$)", ""),
+# Differences in form only: (pattern, replacement).
+FORMS = [
+    ("[\u2010-\u2015\u2212]", "-"),  # dashes
+    ("[\u2018\u2019]", "'"),  # curly quotes
+    ("[\u201c\u201d]", '"'),
+    (r"(?<![\w*])\*\*([^*]+)\*\*(?![\w*])", r"\1"),  # Markdown's **bold** and `code`
+    (r"`([^`]+)`", r"\1"),
+    (r"(?<![\w$\\])(\$\$?)([^$]+)\1(?![\w$])", r"\2"),  # LaTeX: $...$ and \(...\)
+    (r"\\\((.*?)\\\)", r"\1"),
+    (r"\\(?:boxed|text|textbf|textit|mathrm)\{([^{}]*)\}", r" \1 "),
+    (r"\\(?:left|right)(?= ?[()\[\]{}|.\\])", ""),
+    (r"\\[,;:]", " "),  # LaTeX's spacing
+    (r"\\([$%])", r"\1"),
+    (r"(?<![\w^}])\\[dt]?frac(?:\{(-?\d+)\}\{(\d+)\}|(\d)(\d))(?![\w^{(!'])", r"\1\3/\2\4"),
+    (r"(?<=\d) ?%", " percent"),
+    # Spaces inside brackets, but not in (1, 234), since (1,234) may be one number.
+    (r"(?<=[(\[{]) | (?=[)\]}])|(?<=,) (?!\d{3}(?!\d))(?=[^()\[\]{}]*[)\]}])", ""),
+    (r"""^(["'])((?:(?!\1).)+)\1$""", r"\2"),  # quotes around the whole answer
+    (r"(?<![.\s]) ?[.。]$", ""),  # a final full stop
 ]
+FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+
+# A marked letter, as in "(B)" or "B.", with or without its option's text, which begins with a word
+# or a number; or a bare letter, with or without the text in brackets.
+OPTION = r"(?:a )?[^\W\d_]{2}.*|-?[$€£¥₹]?\d.*"
+CHOICE = re.compile(rf"(?:option )?(?:(?:\(([a-j])\)|([a-j])[.):])(?: ({OPTION}))?"
+                    rf"|([a-j])(?: \(({OPTION})\))?)")
+# Not an option's text: what denies the choice or names another one.
+NOT_OPTION = re.compile(r"(?:and|or|nor|not|is|but|wrong|incorrect|plus|minus|times)\b"
+                        r"|.*(?:\b[b-j]\b|\ba\b(?! \w)|\b\w\))")
+
+# A sign, a currency sign, a number without leading zeros (or a simple fraction), a unit.
+NUMBER = re.compile(r"([-+]?) ?([$€£¥₹]?) ?((?=\.?\d)(?!0[\d,])(?:\d{1,3}(?:,\d{3})+|\d*)"
+                    r"(?:\.\d+)?(?:[eE][-+]?\d{1,3})?)( ?[$€£¥₹°]| [^\W\d_]+(?:/[^\W\d_]+)?|)")
+FRACTION = re.compile(r"([-+]?) ?()((?!0)\d+ ?/ ?(?!0)\d+)()")
+LEFT_SIDE = re.compile(r"[^\W\d]\w*|[\d.()+*/×÷^ -]+")
+# Units that one of two answers may leave out: plurals and common signs and abbreviations, except
+# plurals that multiply the number.
+UNIT = re.compile(r"[$€£¥₹°]|percent|[cmk]m|[mk]g|ml|km/h|[a-z]{2,}[a-rtv-z]s")
+MULTIPLE = re.compile(r"times|pairs|couples|halves|quarters|logs|scores|(?!months)[a-z]*(?:ths|tens"
+                      r"|thirds|hundreds|thousands|illions|illiards|zeroe?s|dozens|crores|lakhs)")
 
 
 def normalise(text: str) -> str:
     """The spelling in which answers are compared."""
-    # NFKC would make 31/2 of 3½ and 52 of 5².
-    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)
-    text = re.sub("[²³¹⁰⁴-⁹]+", r"^\g<0>", text)
-    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    for pattern, replacement in REWRITE:
-        text = re.sub(pattern, replacement, text)
-    # Currency signs and invisible characters do not count.
-    text = "".join(c for c in text if unicodedata.category(c) not in ("Sc", "Cf"))
-    text = " ".join(text.split())
-    # Nor does outer punctuation of any script, except what may begin a number.
-    outer = "".join(c for c in text if unicodedata.category(c)[0] in "PZ")
-    return text.rstrip(outer).lstrip(re.sub("[-.]", "", outer)) or text
+    text = unicodedata.normalize("NFC", text).translate(FULLWIDTH)
+    before = None
+    while text != before:
+        before = text
+        text = " ".join(text.split())
+        for pattern, replacement in FORMS:
+            text = re.sub(pattern, replacement, text)
+    # Behind a digit there may be a unit, whose case matters. So does that of x, mW, CO and \Delta.
+    words, units = re.fullmatch(r"(\D*)(.*)", text).groups()
+    return re.sub(r"(?<!\\)\b(?:[^\W\d_]{3,}|[^\W\d_][a-z])\b", fold_case, words) + units
 
 
-# Thousands; then a sign, a number (1 1/4, 2/3, 10.5 or 1e-5), and the rest.
-THOUSANDS = re.compile(r"\b\d{1,3}(?:[, ]\d{3})+(?!\d)")
-NUMBER = re.compile(r"([-+]|minus)? ?"
-                    r"((?:\d+ )?\d+ ?/ ?\d+|(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,3}(?!\d))?)(.*)")
-# What makes another value of the number before it: scales, and mathematics such as 2x or 5 - a.
-NO_UNIT = re.compile(r"\b(?:hundred|thousand|[mbtr]+illi(?:on|ard)|dozen|lakh|crore|squared|cubed)"
-                     r"|\b(?:k|mn|bn|tn|pi|[xyzie]+)\b|[π百千万萬億亿]|- ")
+def fold_case(word: re.Match) -> str:
+    """The word in small letters, unless it has capitals after its first letter and small ones."""
+    if word[0][1:].islower() or word[0].isupper():
+        return word[0].casefold()
+    return word[0]
 
 
-def read_number(text: str) -> tuple[Fraction, str] | None:
-    """(value, unit words) of a normalised text that is a number and at most unit words.
-
-    Of an equation counts what follows the last "=" or "is". A list is no number.
-    """
-    if re.search(r"[,;] |\b(?:and|or)\b", text):
-        return None
-    text = re.sub(r"^[^<>≤≥≠≈!]*(?:=|\bis\b)", "", text).strip(" (")
-    text = THOUSANDS.sub(lambda match: re.sub("[, ]", "", match[0]), text)
-    match = NUMBER.fullmatch(text)
+def read_choice(text: str) -> tuple[str, list[str]] | None:
+    """(letter, [option's text]) of a normalised answer that is one choice, otherwise None."""
+    match = CHOICE.fullmatch(text.casefold())
     if match is None:
         return None
-    sign, number, unit = match.groups()
-    # Units are words of any script, with a slash or a power: apples, sq. ft., km/h, m^2.
-    signs = re.sub(r"(?<=[^\W\d_])\^-?\d\b", "", unit)
-    signs = "".join(c for c in signs if unicodedata.category(c)[0] not in "LM")
-    if signs.strip(" /·°%(){}.'-") or NO_UNIT.search(unit):
+    option = match[3] or match[5] or ""
+    if NOT_OPTION.match(option):
         return None
-    try:
-        value = sum(Fraction(part) for part in re.sub(" ?/ ?", "/", number).split())
-    except (ValueError, ZeroDivisionError):
+    return match[1] or match[2] or match[4], [option]
+
+
+def read_number(text: str) -> tuple[tuple[Fraction, str], list[str]] | None:
+    """((value, unit), [left side, optional unit]) of a normalised number, otherwise None."""
+    *left, right = [side.strip() for side in text.split("=")]
+    match = FRACTION.fullmatch(right) or NUMBER.fullmatch(right)
+    if match is None or not all(LEFT_SIDE.fullmatch(side) for side in left):
         return None
-    if sign in ("-", "minus"):
+    sign, currency, number, unit = match.groups()
+    if currency and unit:
+        return None
+    value = Fraction(re.sub("[, ]", "", number))
+    if sign == "-":
         value = -value
-    return value, unit.strip()
+    unit = currency or unit.strip()
+    if UNIT.fullmatch(unit) and not MULTIPLE.fullmatch(unit):
+        return (value, ""), ["=".join(left), unit]
+    return (value, unit), ["=".join(left), ""]
 
 
 def answers_match(a: str, b: str) -> bool:
-    """Whether two answers say the same: as text, as a choice, or as numbers.
+    """Whether two answers are the same, by one of three rules.
 
-    As a choice, where one is a bare letter: "B" and "(B) Paris". As numbers, where one is bare or
-    the units are the same: "$1,000", "1000.00" and "1000 dollars".
+    1. As text, regardless of case, width, spaces, kinds of dashes and quotes, a final full stop,
+       Markdown's bold and code, and LaTeX that only formats. Case does matter in single letters,
+       in mixed words and behind a digit: x, mW, "5 Mg".
+    2. As one choice from A to J: "B", "(B)", "B.", "Option B" and "B) Paris" are the same, unless
+       another choice is named or the texts of the two options differ.
+    3. As one number: "$1,000.00" and 1e3, "3/4" and 0.75. It may be the last side of an equation
+       and have one unit. One of the two left sides may be missing, otherwise they must be equal.
+       So must the units, of which only %, currency signs, common abbreviations and plurals may be
+       missing.
+
+    All other answers are different. In doubt they are different too, because a wrong match rewards
+    an error, while a missed match only loses a vote.
     """
-    a, b = sorted((normalise(a), normalise(b)), key=len)
+    a = normalise(a)
+    b = normalise(b)
     if a == b:
-        return True
-    # A letter, a sign, and text after a space (or in another script). "a) and c)" are two choices.
-    option = re.match(r"([^\W\d_])[).:\]}、]+(?: (?!and\b|or\b|\W+ )|[^\x00-\x7f])", b)
-    if option and option[1] == a:
-        return True
-    first = read_number(a)
-    second = read_number(b)
-    if first is None or second is None or first[0] != second[0]:
-        return False
-    return first[1] == second[1] or "" in (first[1], second[1])
+        return a != ""
+    for read in (read_choice, read_number):
+        first = read(a)
+        second = read(b)
+        if first and second and first[0] == second[0]:
+            return all(x == y or "" in (x, y) for x, y in zip(first[1], second[1]))
+    return False
 
 
 def number_answers(answers: list[str | None], group_size: int) -> list[int]:
-    """A number for each answer, equal where two of a group say the same; -1 for an unreadable one.
+    """A number for each answer: equal within a group if the answers match, -1 for no answer.
 
-    answers lists the groups one after the other. The number is the index in the group of the first
-    answer that says the same. "5" says the same as "5 apples" and as "5 pears", which are not the
-    same: the first one decides.
+    The groups follow one another. "5" matches "5 apples" and "5 pears", which do not match each
+    other: it counts as the first of them.
     """
     numbers = []
     for start in range(0, len(answers), group_size):
-        group = answers[start:start + group_size]
-        first = []
-        for i, answer in enumerate(group):
-            number = i if answer else -1
-            for j in range(i):
-                if first[j] == j and answer and answers_match(group[j], answer):
-                    number = j
-                    break
-            first.append(number)
-        numbers += first
+        different = []  # the answers of this group, each once
+        for answer in answers[start:start + group_size]:
+            if not answer:
+                numbers.append(-1)
+                continue
+            matches = [i for i, other in enumerate(different) if answers_match(other, answer)]
+            if not matches:
+                matches = [len(different)]
+                different.append(answer)
+            numbers.append(matches[0])
     return numbers
 
 
 def majority(answers: list[str | None]) -> tuple[str | None, float]:
-    """The answer most often given, the earliest of equals, and its share of all votes.
+    """The most common answer (the earliest, if several are) and its share of all answers.
 
-    (None, 0.0) where no answer can be read.
+    (None, 0.0) if there is no answer.
     """
-    votes = [number for number in number_answers(answers, len(answers) or 1) if number >= 0]
-    if not votes:
+    if not any(answers):
         return None, 0.0
+    numbers = number_answers(answers, len(answers))
+    votes = [number for number in numbers if number >= 0]
     best = max(votes, key=votes.count)
-    return answers[best], votes.count(best) / len(answers)
+    return answers[numbers.index(best)], votes.count(best) / len(answers)
 
 
 # -----------------------------------------------------------------------------
-# tokens
+# prompts and responses
 
-# The chat formats that special tokens give away, with {} for the user's turn, and what ends a turn.
-CHATS = [
-    ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
-    ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
-     "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
-]
-SPECIAL = re.compile(r"(<\|\w+\|>)")
-
-# A token that we add for ourselves (no text has this character). Text is encoded after it and the
-# token then cut off, since a tokenizer may treat the beginning of a text specially: SentencePiece
-# puts a "▁" there.
-ANCHOR = "\ufdd0"
+# Characters that no text contains. START is a token of our own: text is encoded behind it and the
+# token is then cut off, because tokenizers may treat the beginning of a document specially.
+# QUESTION and ANSWER stand for the two texts of a conversation in a rendered chat template.
+START, QUESTION, ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"
 
 
 def load_tokenizer(path: Path) -> tuple[Tokenizer, list[int]]:
@@ -209,109 +232,172 @@ def load_tokenizer(path: Path) -> tuple[Tokenizer, list[int]]:
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        # A "<|im_end|>" in somebody's question is text.
         tokenizer.encode_special_tokens = True
-        tokenizer.add_tokens([AddedToken(ANCHOR, normalized=False)])
-        ids = tokenizer.encode(ANCHOR).ids
-        first = ids[:ids.index(tokenizer.token_to_id(ANCHOR))]
+        tokenizer.add_tokens([AddedToken(START, normalized=False)])
+        ids = tokenizer.encode(START).ids
+        bos = ids[:ids.index(tokenizer.token_to_id(START))]
         if not tokenizer.encode(INSTRUCTION + " é漢", add_special_tokens=False).ids:
             raise ValueError("it has no token for any text")
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        # The library raises bare Exceptions, and Rust panics, which are no Exceptions.
+        # The library raises bare Exceptions, and Rust panics, which are not Exceptions.
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} is no usable tokenizer ({reason}): use the model's own") from None
-    return tokenizer, first
+        raise DataError(f"{path} is not usable ({reason}): use the model's own file") from None
+    return tokenizer, bos
 
 
-def chat_template(folder: Path) -> str:
-    """The folder's own chat template; "" where it has none."""
+def render_chat(folder: Path) -> tuple[str, str] | None:
+    """(prompt, conversation): the folder's chat template, rendered with QUESTION and ANSWER.
+
+    The prompt ends where the assistant's turn begins. None if the folder has no template. Raises
+    DataError if the template cannot be rendered.
+    """
+    path = folder / "tokenizer_config.json"
+    config = {}
     try:
+        if path.is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+        source = config.get("chat_template")
+        if isinstance(source, list):
+            source = {named["name"]: named["template"] for named in source}["default"]
         if (folder / "chat_template.jinja").is_file():
-            return (folder / "chat_template.jinja").read_text()
-        config = json.loads((folder / "tokenizer_config.json").read_text())
-        return str(config.get("chat_template") or "")
-    except (OSError, ValueError, AttributeError):
-        return ""
+            path = folder / "chat_template.jinja"
+            source = path.read_text(encoding="utf-8")
+        if not source:
+            return None
+        variables = {"tools": None, "documents": None}
+        for name, token in config.items():
+            # A special token is a string, or an object that holds it as "content".
+            if isinstance(token, dict):
+                token = token.get("content")
+            if name.endswith("_token") and isinstance(token, str):
+                variables[name] = token
+        template = compile_template(source)
+        messages = [{"role": "user", "content": QUESTION}]
+        prompt = template.render(messages=messages, add_generation_prompt=True, **variables)
+        messages.append({"role": "assistant", "content": ANSWER})
+        conversation = template.render(messages=messages, add_generation_prompt=False, **variables)
+        if QUESTION not in prompt:
+            raise ValueError("it leaves out the user's message")
+    except Exception as error:  # A template may raise anything.
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} has an unusable chat template ({reason}): correct it, or remove "
+                        "it to use plain text") from None
+    return prompt, conversation
+
+
+def compile_template(source: str):
+    """A jinja2 template with the settings and functions that `transformers` gives it."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = datetime.now().strftime
+    return environment.from_string(source)
 
 
 class Text:
-    """A checkpoint folder's tokenizer, with the prompt format that its special tokens show.
+    """A checkpoint folder's tokenizer and chat template.
 
-    `end` is the id that training ends responses with; `ends` are all ids that end one, this and
-    `eos_ids`, the model's own. Raises DataError where tokenizer.json is missing or broken, or no
-    id is known to end a response.
+    A folder without a chat template gets plain text. `end` is the id that training ends responses
+    with: the special token that the template puts behind an answer, or else the first of
+    `eos_ids`, the model's own. `end_ids` are all ids that end a response. Raises DataError if
+    tokenizer.json or the template is missing or broken, or if no id is known to end a response.
     """
 
     def __init__(self, folder, eos_ids=(), marker: str = MARKER, max_reasoning_steps: int = 16):
         self.marker = marker
         self.max_reasoning_steps = max_reasoning_steps
-        self.tokenizer, self.first = load_tokenizer(Path(folder) / "tokenizer.json")
+        self.tokenizer, self.bos = load_tokenizer(Path(folder) / "tokenizer.json")
         vocab = self.tokenizer.get_vocab()
-        del vocab[ANCHOR]
+        del vocab[START]
         self.vocab_size = max(vocab.values()) + 1
-        self.template = None
-        self.end = next(iter(eos_ids), None)
-        for template, end in CHATS:
-            ids = [self.tokenizer.token_to_id(token) for token in SPECIAL.findall(template)]
-            if None not in ids:
-                self.template = template
-                self.end = self.tokenizer.token_to_id(end)
-                own = chat_template(Path(folder))
-                if own and "bos_token" not in own:
-                    self.first = []
-                break
-        if self.end is None:
-            raise DataError(f"{folder} names no end token: set eos_token_id in its config.json")
-        self.end_ids = {self.end, *eos_ids}
+        self.unknown = vocab.get(getattr(self.tokenizer.model, "unk_token", None))
+        self.special = set()
+        for i, token in self.tokenizer.get_added_tokens_decoder().items():
+            if token.special and i != self.unknown:
+                self.special.add(i)
 
-    def encode(self, text: str, after: str = "\n") -> list[int]:
-        """Token ids of a text that follows the text `after`, or, if that is "", a special token."""
-        before = self.tokenizer.encode(ANCHOR + after, add_special_tokens=False).ids
-        ids = self.tokenizer.encode(ANCHOR + after + text, add_special_tokens=False).ids
+        self.chat = None
+        self.before_response = "\n"
+        end_ids = list(eos_ids)
+        rendered = render_chat(Path(folder))
+        if rendered is not None:
+            self.chat, conversation = rendered
+            if not self.chat.endswith("\n"):
+                self.before_response = ""
+            after_answer = self.encode_chat(conversation.partition(ANSWER)[2].lstrip())
+            if after_answer and after_answer[0][0] in self.special:
+                end_ids.insert(0, after_answer[0][0])
+        if not end_ids:
+            raise DataError(f"{folder} names no end token: set eos_token_id in its config.json")
+        self.end = end_ids[0]
+        self.end_ids = set(end_ids)
+
+    def encode(self, text: str, after: str) -> list[int]:
+        """Token ids of a text that follows the text `after`, or, if that is "", a special token.
+
+        What looks like a special token is encoded as text.
+        """
+        before = self.tokenizer.encode(START + after, add_special_tokens=False).ids
+        ids = self.tokenizer.encode(START + after + text, add_special_tokens=False).ids
         if ids[:len(before)] != before:
-            # A token straddles the boundary: encode the text as it is.
+            # A token straddles the boundary: encode the text by itself.
             return self.encode(text, after="")
         return ids[len(before):]
+
+    def encode_chat(self, text: str) -> list[tuple[int, int, int]]:
+        """(id, start, end) of each token of a text, where special tokens are recognised."""
+        self.tokenizer.encode_special_tokens = False
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        self.tokenizer.encode_special_tokens = True
+        return [(i, start, end) for i, (start, end) in zip(encoding.ids, encoding.offsets)]
 
     def prompt(self, question: str) -> list[int]:
         """Token ids of a question with the instruction, up to where the response begins."""
         asked = f"{question.strip()}\n{INSTRUCTION.format(marker=self.marker)}"
-        if self.template is None:
-            ids = self.tokenizer.encode(asked + "\n", add_special_tokens=False).ids
-        else:
-            ids = []
-            for piece in SPECIAL.split(self.template):
-                if SPECIAL.match(piece):
-                    ids.append(self.tokenizer.token_to_id(piece))
-                else:
-                    ids += self.encode(piece.replace("{}", asked), after="")
-        # BOS once, also where the chat format begins with it.
-        if ids[:len(self.first)] != self.first:
-            ids = self.first + ids
+        if self.chat is None:
+            return self.bos + self.tokenizer.encode(asked + "\n", add_special_tokens=False).ids
+        pieces = self.chat.split(QUESTION)
+        text = asked.join(pieces)
+        # For each character of the text, whether the user has written it.
+        user = ("1" * len(asked)).join("0" * len(piece) for piece in pieces)
+        ids = []
+        for i, start, end in self.encode_chat(text):
+            if i in self.special and "1" in user[start:end]:
+                ids += self.encode(text[start:end], after="")
+            else:
+                ids.append(i)
         return ids
 
     def response(self, reasoning: str, answer: str) -> list[int]:
-        """Token ids of a supervised response, the end token included."""
-        lines = [line.strip() for line in reasoning.splitlines() if line.strip()]
+        """Token ids of a supervised response, including the end token. Blank lines are left out."""
+        lines = [line.rstrip() for line in reasoning.splitlines() if line.strip()]
         lines.append(f"{self.marker} {answer}")
-        return self.encode("\n".join(lines)) + [self.end]
+        return self.encode("\n".join(lines), after=self.before_response) + [self.end]
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids without the end tokens, which some tokenizers would show."""
         return self.tokenizer.decode([i for i in ids if i not in self.end_ids])
 
     def read(self, response: list[int]) -> tuple[str, list[int]]:
-        """(the text of a response, the offset in it where each token ends), the end token left out.
+        """(the text of a response, the offset in it where each token ends), without the end token.
 
         Tokens that share a character of several bytes all end where it does. A response that was
-        cut off, or holds bytes that are no text, reads as "".
+        cut off, or that contains bytes that are not text, reads as "".
         """
         text = ""
-        ends = []
-        if not response or response[-1] not in self.end_ids or "\ufffd" in self.decode(response):
-            return text, ends
+        offsets = []
+        cut_off = not response or response[-1] not in self.end_ids
+        if cut_off or "\ufffd" in self.decode(response):
+            return text, offsets
         stream = decoders.DecodeStream(skip_special_tokens=True)
         waiting = 0
         for i in response[:-1]:
@@ -319,9 +405,9 @@ class Text:
             piece = stream.step(self.tokenizer, i)
             if piece is not None:
                 text += piece
-                ends += [len(text)] * waiting
+                offsets += [len(text)] * waiting
                 waiting = 0
-        return text, ends + [len(text)] * waiting
+        return text, offsets + [len(text)] * waiting
 
     def answer(self, response: list[int]) -> str | None:
         """The answer of a response; None if it was cut off or has none."""
@@ -333,11 +419,11 @@ class Text:
 
         tokens is prompt + response. Step k is tokens[cuts[k]:cuts[k + 1]], the marker is
         tokens[cuts[-1]:answer_start] and the answer tokens[answer_start:answer_end]. Steps are the
-        lines before the last marker that are not blank, merged evenly down to max_reasoning_steps. Without an
-        answer there are no steps, and answer_start = answer_end = len(tokens).
+        lines before the last marker that are not blank, merged evenly into max_reasoning_steps.
+        Without an answer there are no steps, and answer_start = answer_end = len(tokens).
         """
         tokens = prompt + response
-        text, ends = self.read(response)
+        text, offsets = self.read(response)
         found = find_answer(text, self.marker)
         if found is None:
             return tokens, [len(prompt)], len(tokens), len(tokens)
@@ -348,31 +434,31 @@ class Text:
         steps = min(len(lines), self.max_reasoning_steps)
         cuts = {0}
         for k in range(1, steps):
-            cuts.add(token_at(ends, lines[k * len(lines) // steps]))
+            cuts.add(token_at(offsets, lines[k * len(lines) // steps]))
         if lines:
-            cuts.add(token_at(ends, marker_start))
+            cuts.add(token_at(offsets, marker_start))
+        start = token_at(offsets, answer_start)
+        # All tokens of the answer's last character belong to the answer.
+        end = token_at(offsets, answer_end - 1) + 1
+        while end < len(offsets) and offsets[end] == offsets[end - 1]:
+            end += 1
         cuts = [len(prompt) + cut for cut in sorted(cuts)]
-
-        # The answer ends with the last token of its last character.
-        last = ends[token_at(ends, answer_end - 1)]
-        start = len(prompt) + token_at(ends, answer_start)
-        stop = len(prompt) + token_at(ends, last)
-        return tokens, cuts, start, stop
+        return tokens, cuts, len(prompt) + start, len(prompt) + end
 
 
-def token_at(ends: list[int], offset: int) -> int:
-    """The index of the first token whose text ends after the character at offset."""
-    return int(np.searchsorted(ends, offset, side="right"))
+def token_at(offsets: list[int], character: int) -> int:
+    """The index of the token that contains a character, given the offset where each token ends."""
+    return int(np.searchsorted(offsets, character, side="right"))
 
 
 # -----------------------------------------------------------------------------
 # JSONL records
 
-def read_jsonl(path, limit: int = 0) -> list[tuple[int, dict]]:
-    """(line number, record) of the lines of a file that are not blank, the first `limit` or all.
+def read_jsonl(path, limit: int = 0) -> list[tuple[str, dict]]:
+    """("PATH line NUMBER", record) of the first `limit` lines that are not blank; 0 means all.
 
     Numbers are returned as they are written, as strings. Raises DataError, naming the line, for
-    whatever is not a JSON object.
+    anything that is not a JSON object.
     """
     try:
         content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
@@ -381,20 +467,21 @@ def read_jsonl(path, limit: int = 0) -> list[tuple[int, dict]]:
     records = []
     # Of bytes, splitlines knows no line ends but \n, \r\n and \r: U+2028 may stand in a string.
     for number, line in enumerate(content.splitlines(), 1):
+        where = f"{path} line {number}"
         if not line.strip():
             continue
         try:
             numbers = dict(parse_int=str, parse_float=finite, parse_constant=finite)
             record = json.loads(line.decode(), **numbers)
             if not isinstance(record, dict):
-                raise ValueError("fields must have names")
+                raise ValueError("its fields must have names")
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} line {number} is no JSON object ({error}): mend it") from None
-        records.append((number, record))
+            raise DataError(f"{where} is not a JSON object ({error}): correct it") from None
+        records.append((where, record))
         if len(records) == limit:
             break
     if not records:
-        raise DataError(f"{path} is empty: write one JSON object a line")
+        raise DataError(f"{path} is empty: write one JSON object on each line")
     return records
 
 
@@ -410,43 +497,46 @@ def finite(number: str) -> str:
 
 
 def text_field(record: dict, name: str, where: str) -> str:
-    """A text, which must be there. "question" stands for "prompt"."""
+    """The text of a field, which must not be blank. "question" is accepted for "prompt"."""
     if name == "prompt" and "prompt" not in record and "question" in record:
         name = "question"
     text = record.get(name)
     # Half of a surrogate pair cannot be encoded.
     if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
-        raise DataError(f"{where}: {name!r} is missing, empty or no text: fill it in")
-    return text.replace(ANCHOR, "").strip()
+        raise DataError(f"{where}: {name!r} is missing, empty or not text: fill it in")
+    return text.replace(START, "")
 
 
 def solution_of(record: dict, where: str) -> tuple[str, str]:
-    """(reasoning, answer) of a record, "" for no reasoning.
+    """(reasoning, answer) of a record; the reasoning is "" if there is none.
 
     GSM8K has both in one field: reasoning with <<calculator marks>>, "####", the answer.
     """
     reasoning = ""
     answer = text_field(record, "answer", where)
-    if "reasoning" in record:
+    if record.get("reasoning") is not None:
         reasoning = text_field(record, "reasoning", where)
     elif "####" in answer:
         reasoning, _, answer = re.sub(r"<<[^<>]*>>", "", answer).rpartition("####")
     answer = answer.strip()
     if not answer or "\n" in answer:
         raise DataError(f"{where}: the answer is not one line of text: make it one")
-    return reasoning.strip(), answer
+    return reasoning, answer
 
 
 def load_labeled(path, text: Text, max_prompt: int, max_response: int, limit: int = 0):
     """([(prompt ids, response ids)], number skipped) of {"prompt", "reasoning", "answer"}."""
     kept = []
     records = read_jsonl(path, limit)
-    for number, record in records:
-        where = f"{path} line {number}"
+    for where, record in records:
         prompt = text.prompt(text_field(record, "prompt", where))
         reasoning, answer = solution_of(record, where)
-        if not reasoning:
+        if not reasoning.strip():
             raise DataError(f"{where} has no 'reasoning': add it, or write GSM8K's '... #### 18'")
+        words = text.encode(f"{reasoning}\n{answer}", after="\n")
+        if 2 * words.count(text.unknown) > len(words):
+            raise DataError(f"{where}: the model's tokenizer does not know most of these words: "
+                            "use a model that was made for such text")
         response = text.response(reasoning, answer)
         found = text.answer(response)
         if found is None or not answers_match(found, answer):
@@ -457,22 +547,20 @@ def load_labeled(path, text: Text, max_prompt: int, max_response: int, limit: in
 
 
 def load_unlabeled(path, text: Text, max_prompt: int, limit: int = 0):
-    """([prompt ids], number skipped) of {"prompt"}, repeated ones once. An answer is never read."""
+    """([prompt ids], number skipped) of {"prompt"}, without repetitions. Answers are not read."""
     prompts = {}
-    for number, record in read_jsonl(path, limit):
-        question = text_field(record, "prompt", f"{path} line {number}")
-        prompts[tuple(text.prompt(question))] = None
+    for where, record in read_jsonl(path, limit):
+        prompts[tuple(text.prompt(text_field(record, "prompt", where)))] = None
     kept = [list(prompt) for prompt in prompts if len(prompt) <= max_prompt]
     return kept, skipped(prompts, kept, path)
 
 
 def load_eval(path, text: Text, max_prompt: int, limit: int = 0):
-    """([(prompt ids, question, gold answer)], number skipped) of {"prompt", "answer"}."""
+    """([(prompt ids, question, correct answer)], number skipped) of {"prompt", "answer"}."""
     kept = []
     records = read_jsonl(path, limit)
-    for number, record in records:
-        where = f"{path} line {number}"
-        question = text_field(record, "prompt", where)
+    for where, record in records:
+        question = text_field(record, "prompt", where).strip()
         _, answer = solution_of(record, where)
         prompt = text.prompt(question)
         if len(prompt) <= max_prompt:
@@ -480,8 +568,8 @@ def load_eval(path, text: Text, max_prompt: int, limit: int = 0):
     return kept, skipped(records, kept, path)
 
 
-def skipped(records: list, kept: list, path) -> int:
-    """How many records were skipped as too long; DataError if all were."""
+def skipped(records, kept: list, path) -> int:
+    """How many records were skipped because they are too long; DataError if all were."""
     if not kept:
         raise DataError(f"{path}: all {len(records)} records are longer than the limit: raise it")
     return len(records) - len(kept)

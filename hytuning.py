@@ -191,20 +191,20 @@ def hytuning_loss(rd: Tensor, rlif: Tensor, lam) -> Tensor:
 # -----------------------------------------------------------------------------
 # log-probabilities without all logits in memory
 
-def head_logprobs(hidden: Tensor, lm_head, targets: Tensor) -> Tensor:
+def head_logprobs(hidden: Tensor, head, targets: Tensor) -> Tensor:
     """log pi(target) [N] from hidden states [N, D] and targets [N], without N x V logits in memory.
 
-    lm_head is any callable [n, D] -> [n, V]. It is applied to one chunk of tokens after another,
-    and the backward pass computes the logits of a chunk again. With a vocabulary of 150,000 the
-    logits of a whole batch would take most of the memory.
+    head is any callable [n, D] -> [n, V]. It is applied to one chunk of tokens after another, and
+    the backward pass computes the logits of a chunk again. With a vocabulary of 150,000 the logits
+    of a whole batch would take most of the memory.
     """
     chunk = 2048 if hidden.is_cuda else 512
     logprobs = []
     for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-        logprobs.append(checkpoint(chunk_logprobs, h, lm_head, t, use_reentrant=False,
+        logprobs.append(checkpoint(chunk_logprobs, h, head, t, use_reentrant=False,
                                    preserve_rng_state=False))
     return torch.cat(logprobs)
 
 
-def chunk_logprobs(hidden: Tensor, lm_head, targets: Tensor) -> Tensor:
-    return token_logprobs(lm_head(hidden).float(), targets)
+def chunk_logprobs(hidden: Tensor, head, targets: Tensor) -> Tensor:
+    return token_logprobs(head(hidden), targets)

@@ -1,10 +1,10 @@
-"""The decoder: a Llama, Mistral, Qwen2 or Qwen3 model in plain PyTorch; loading, saving, sampling.
+"""A Llama, Mistral, Qwen2 or Qwen3 decoder in plain PyTorch: the model, checkpoints and sampling.
 
-The four families are one architecture with a few switches: a token embedding, then N times
-(RMSNorm, attention, RMSNorm, gated MLP), a last RMSNorm and a projection to the vocabulary. Read
+The four families share one architecture with a few options: a token embedding, N layers of
+(RMSNorm, attention, RMSNorm, gated MLP), a final RMSNorm and a projection to the vocabulary. Read
 `Config`, then `Attention`, `Layer` and `Decoder`, then `generate`.
 
-This file imports nothing of the project, so it can be taken alone.
+This file is self-contained; copy it freely.
 
 SPDX-License-Identifier: MIT
 """
@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
@@ -25,13 +26,13 @@ from torch.utils.checkpoint import checkpoint
 
 
 class CheckpointError(ValueError):
-    """A model folder that cannot be used. The message says what is wrong, where, and what to do."""
+    """A model folder cannot be used. The message says what is wrong, where, and what to do."""
 
 
 # -----------------------------------------------------------------------------
 # config
 
-# What a family's code fixes, whatever config.json says.
+# Options that a model family fixes in its code. They override config.json.
 FAMILIES = {
     "llama": dict(),
     "mistral": dict(attention_bias=False, mlp_bias=False),
@@ -42,106 +43,121 @@ FAMILIES = {
 
 @dataclass
 class Config:
-    """What of a Hugging Face config.json changes the computation, under the names used there."""
+    """The fields of a Hugging Face config.json that affect the computation."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int | None = None  # fewer than the heads: grouped-query attention
+    num_key_value_heads: int | None = None  # None: one per query head
     head_dim: int | None = None
     model_type: str = "llama"
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 2048
-    sliding_window: int | None = None  # None: every token sees all before it
+    sliding_window: int | None = None  # None: attention to all earlier tokens
     tie_word_embeddings: bool = False
-    attention_bias: bool = False  # on q, k, v and o
-    qkv_bias: bool = False  # on q, k and v
-    qk_norm: bool = False
+    attention_bias: bool = False  # in the q, k, v and o projections
+    qkv_bias: bool = False  # in the q, k and v projections
+    qk_norm: bool = False  # RMSNorm of each query and key head
     mlp_bias: bool = False
     initializer_range: float = 0.02
     rope_parameters: dict = field(default_factory=lambda: dict(rope_type="default", rope_theta=1e4))
-    raw: dict = field(default_factory=dict, repr=False)  # config.json as read, to write it back
+    raw: dict = field(default_factory=dict, repr=False)  # the original config.json
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            raise CheckpointError(f"{self.num_attention_heads} heads of size {self.head_dim}: the "
-                                  "size must be even, and the number a multiple of "
-                                  f"num_key_value_heads {self.num_key_value_heads}")
+            raise CheckpointError(
+                f"num_attention_heads is {self.num_attention_heads}, num_key_value_heads is "
+                f"{self.num_key_value_heads} and head_dim is {self.head_dim}: the first must be a "
+                "multiple of the second, and head_dim must be even")
 
     @property
     def context(self) -> int:
-        """The longest sequence that this file computes exactly. Masks and caches know no sliding
-        window, and need none while nothing lies further back than the window reaches."""
+        """The longest supported sequence, in tokens. Within a sliding window, attention is full, so
+        the window itself need not be implemented."""
         window = self.sliding_window or self.max_position_embeddings
         return min(self.max_position_embeddings, window)
 
     @classmethod
     def from_dict(cls, raw: dict) -> "Config":
-        """Read the content of a config.json, in its older or newer spelling.
+        """Read the content of a config.json, written by any version of transformers.
 
-        Raises CheckpointError for what this file would not compute exactly, TypeError where a size
-        is missing.
+        Raises CheckpointError for an unsupported option and TypeError for a missing field.
         """
         family = raw.get("model_type")
         if family not in FAMILIES:
-            raise CheckpointError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
+            raise CheckpointError(f"model_type {family!r} is not supported, only "
+                                  f"{', '.join(FAMILIES)}")
         if raw.get("hidden_act", "silu") != "silu":
             raise CheckpointError(f"hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
         if raw.get("quantization_config"):
-            raise CheckpointError("the weights are quantized: use those in float")
+            raise CheckpointError("quantized weights are not supported: use the original ones")
         known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
         known.update(FAMILIES[family], rope_parameters=read_rope(raw), raw=raw)
-        # Llama has no window, Mistral's is always on, Qwen's where the config says so.
+        # Llama has no sliding window, Mistral always has one, and Qwen has one on request.
         has_window = {"llama": False, "mistral": True}.get(family, raw.get("use_sliding_window"))
         known["sliding_window"] = raw.get("sliding_window", 4096) if has_window else None
         return cls(**known)
 
     def to_dict(self) -> dict:
-        """The content of a config.json that `from_dict` and `transformers` read as this model."""
+        """Return the content of a config.json that `transformers` can read."""
         if self.raw:
             return {**self.raw, "tie_word_embeddings": self.tie_word_embeddings}
-        made = {k: v for k, v in asdict(self).items() if k not in ("raw", "qkv_bias", "qk_norm")}
-        made["use_sliding_window"] = self.sliding_window is not None
-        made["architectures"] = [self.model_type.capitalize() + "ForCausalLM"]
-        return made
+        content = asdict(self)
+        for name in ("raw", "qkv_bias", "qk_norm"):
+            del content[name]
+        content["use_sliding_window"] = self.sliding_window is not None
+        content["architectures"] = [self.model_type.capitalize() + "ForCausalLM"]
+        return content
 
 
 # -----------------------------------------------------------------------------
 # rotary position embedding
 
 def read_rope(raw: dict) -> dict:
-    """RoPE's settings, in the newer spelling (rope_parameters) or the older."""
-    older = {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
+    """Return the RoPE settings of a config.json as one dictionary.
+
+    New files keep them in `rope_parameters`, old ones in `rope_theta` and `rope_scaling`. Raises
+    CheckpointError if two sources differ or the type of RoPE is not supported.
+    """
+    sources = (raw.get("rope_parameters"), raw.get("rope_scaling"),
+               {"rope_theta": raw.get("rope_theta")})
     rope = {}
-    for table in (raw.get("rope_parameters") or {}, older):
-        for name, value in table.items():
-            name = "rope_type" if name == "type" else name
+    for source in sources:
+        for name, value in (source or {}).items():
+            if name == "type":  # the old name
+                name = "rope_type"
             if value is not None and rope.setdefault(name, value) != value:
-                raise CheckpointError(f"{name} is {rope[name]} and {value}: remove one of them")
-    kind = rope.setdefault("rope_type", "default")
+                raise CheckpointError(f"{name} is given as {rope[name]} and as {value}: remove one")
+    rope.setdefault("rope_type", "default")
     rope.setdefault("rope_theta", 1e4)
-    if kind not in ("default", "llama3") or any(isinstance(x, dict) for x in rope.values()):
-        raise CheckpointError(f"RoPE of type {kind!r}, or that differs by layer, is not supported, "
-                              "only 'default' and 'llama3'")
+
+    kind = rope["rope_type"]
+    differs_by_layer = any(isinstance(value, dict) for value in rope.values())
+    if kind not in ("default", "llama3") or differs_by_layer:
+        raise CheckpointError(f"RoPE of type {kind!r}, or with settings that differ by layer, is "
+                              "not supported, only 'default' and 'llama3'")
     needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     if kind == "llama3" and not rope.keys() >= set(needed):
         raise CheckpointError(f"RoPE of type llama3 needs {', '.join(needed)}")
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1):
-        raise CheckpointError("partial_rotary_factor is not supported: a head is turned whole")
+        raise CheckpointError("partial_rotary_factor must be 1: only full rotary embedding is "
+                              "supported")
     return rope
 
 
 def rope_frequencies(rope: dict, dim: int, device=None) -> Tensor:
-    """Angle per position of each pair of a head, [dim/2], in radians (RoFormer, 2104.09864)."""
+    """Return the angle per position of each pair of a head's coordinates, [dim/2], in radians.
+
+    RoFormer, arXiv 2104.09864.
+    """
     pairs = torch.arange(0, dim, 2, dtype=torch.float32, device=device)
     frequency = rope["rope_theta"] ** (-pairs / dim)
     if rope["rope_type"] == "default":
         return frequency
-    # Llama 3.1: keep the pairs that turn often within the trained length, slow down those that turn
-    # seldom, blend in between.
+    # Llama 3.1 keeps high frequencies, divides low ones by a factor, and interpolates in between.
     turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -149,9 +165,12 @@ def rope_frequencies(rope: dict, dim: int, device=None) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + dim/2) of x [B, H, T, dim]; cos and sin are [B, 1, T, dim/2]."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Rotate each pair of coordinates (i, i + d/2) of x [B, T, H, d] by its position's angle.
+
+    cos and sin are [B, T, 1, d] in float32, as bfloat16 would move large keys. In the first half of
+    each head, sin has a negative sign.
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 # -----------------------------------------------------------------------------
@@ -175,27 +194,28 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, attend) -> Tensor:
-        """x [B, T, hidden] -> [B, T, hidden]. `attend` is `attention` below, or a cache's own."""
+        """x [B, T, D] -> [B, T, D]. `attend` is `attention` or a method of `Cache`."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
         if self.qk_norm:
-            # In the weight's type: float32 under autocast, as in all the other norms.
+            # Under autocast, compute the norm in float32 like the other norms.
             q = self.q_norm(q.to(self.q_norm.weight.dtype))
             k = self.k_norm(k.to(self.k_norm.weight.dtype))
-        q = rotate(q.transpose(1, 2), cos, sin)  # [B, H, T, d]
-        k = rotate(k.transpose(1, 2), cos, sin)  # [B, H_kv, T, d]
+        q = rotate(q, cos, sin).to(v.dtype).transpose(1, 2)  # [B, H, T, d]
+        k = rotate(k, cos, sin).to(v.dtype).transpose(1, 2)  # [B, H_kv, T, d]
         v = v.transpose(1, 2)
         y = attend(q, k, v, mask)  # [B, H, T, d]
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, H, T, d] from queries [B, H, T, d], keys and values [B, H_kv, T, d].
+    """Return [B, H, T, d] from queries [B, H, T, d], keys and values [B, H_kv, T, d].
 
-    mask [B or 1, 1, T, T] bool says which key (last axis) a query may see; None is causal.
-    Neighbouring query heads share a key head: grouped-query attention, arXiv 2305.13245.
+    mask [B or 1, 1, T, T] is True where a query (third axis) may attend to a key (last axis). With
+    None, attention is causal. H / H_kv consecutive query heads share a key head (grouped-query
+    attention, arXiv 2305.13245).
     """
     groups = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(groups, dim=1)
@@ -231,7 +251,7 @@ class Layer(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Holds what a checkpoint names `model.*`."""
+    """The decoder without its head. Checkpoints name these parameters `model.*`."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -241,18 +261,18 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model; its parameters have the names that the checkpoint gives them."""
+    """A causal language model. Parameters have the same names as in a Hugging Face checkpoint."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Recompute each layer in the backward pass: less memory, a third more time.
+        # Recompute each layer in the backward pass, which saves memory and takes a third more time.
         self.checkpoint_activations = False
-        # The tokens that end a text, from generation_config.json.
+        # The tokens that end a response, from generation_config.json.
         self.eos_ids: tuple[int, ...] = ()
-        # Tokenizer and generation config, carried from load to save.
+        # The tokenizer and generation_config.json, which save_pretrained writes again.
         self.files: dict[str, bytes] = {}
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -266,30 +286,41 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: Tensor, position_ids=None, attention_mask=None) -> Tensor:
-        """Logits [B, T, V] of the token that follows each of input_ids [B, T].
+        """Return the float32 logits [B, T, V] of the token after each of input_ids [B, T].
 
-        position_ids [B, T] default to 0..T-1; attention_mask [B, 1, T, T] bool says which key (last
-        axis) each query may see, by default itself and all before it. Raises ValueError where a
-        position lies beyond the model's sliding window, which this file does not compute.
+        position_ids [B, T] default to 0, ..., T-1. attention_mask [B, 1, T, T] is True where a
+        query (third axis) may attend to a key (last axis); by default attention is causal. Raises
+        ValueError if a position is outside the model's sliding window.
         """
-        return self.lm_head(self.hidden_states(input_ids, position_ids, attention_mask))
+        return self.logits(self.hidden_states(input_ids, position_ids, attention_mask))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits [..., V] of hidden states [..., D], in float32 even under autocast.
+
+        bfloat16 numbers near 20 are 0.125 apart, which is too coarse for log-probabilities. (A
+        float64 model computes in float64.)
+        """
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(dtype), self.lm_head.weight.to(dtype))
 
     def hidden_states(self, input_ids, position_ids=None, attention_mask=None, attend=None):
-        """What `lm_head` reads, [B, T, hidden]: for those who need logits at a few positions only.
+        """Return the input of `logits`, [B, T, D], for callers that need logits at some positions.
 
-        `attend(layer, q, k, v, mask)` may stand in for `attention`: see `Cache`.
+        `attend(layer, q, k, v, mask)` replaces `attention`: see `Cache`.
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         window = self.config.sliding_window
         if window and attend is None and position_ids.max() >= window:
-            raise ValueError(f"a sequence is longer than the model's sliding window of {window}")
+            raise ValueError(f"a sequence is longer than the model's sliding window of {window} "
+                             "tokens: shorten it")
 
         x = self.model.embed_tokens(input_ids)
         frequency = rope_frequencies(self.config.rope_parameters, self.config.head_dim, x.device)
-        angle = position_ids[:, None, :, None] * frequency  # [B, 1, T, d/2]
-        cos = angle.cos().to(x.dtype)
-        sin = angle.sin().to(x.dtype)
+        angle = position_ids[:, :, None, None] * frequency  # [B, T, 1, d/2]
+        cos = torch.cat((angle.cos(), angle.cos()), dim=-1)
+        sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)
         for i, layer in enumerate(self.model.layers):
             attend_here = partial(attend, i) if attend else attention
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -303,25 +334,25 @@ class Decoder(nn.Module):
 # -----------------------------------------------------------------------------
 # loading, saving
 
-CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-           "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
-           "chat_template.jinja", "chat_template.json", "generation_config.json")
+# Files that save_pretrained copies from the original checkpoint.
+COPIED_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
+                "chat_template.jinja", "chat_template.json", "generation_config.json")
 
 
 def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
-    """The Decoder of a Hugging Face folder: config.json and safetensors, one file or shards with an
-    index. Weights go straight from the file into the model, one tensor at a time.
+    """Load a Decoder from a Hugging Face folder with config.json and safetensors files.
 
-    Raises CheckpointError where the folder is incomplete or describes anything that this file does
-    not compute exactly.
+    Weights are read one tensor at a time and converted to `dtype` on `device`. Raises
+    CheckpointError if the folder is incomplete or the model is not supported.
     """
     folder = Path(folder)
     raw = read_json(folder / "config.json")
     try:
         config = Config.from_dict(raw)
-        with torch.device("meta"):  # shapes only, no memory yet
+        with torch.device("meta"):  # allocates no memory
             model = Decoder(config)
-            rope_frequencies(config.rope_parameters, config.head_dim)  # fails if not numbers
+            rope_frequencies(config.rope_parameters, config.head_dim)  # checks the values
     except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{folder}/config.json cannot be used: {one_line(error)}") from None
 
@@ -330,24 +361,24 @@ def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for name in file.keys():
-                    # Some files hold RoPE's frequencies, which are computed here.
+                    # Old files contain RoPE's frequencies, which are computed here instead.
                     if not name.endswith("rotary_emb.inv_freq"):
                         weights[name] = file.get_tensor(name).to(dtype)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is missing or no safetensors file ({one_line(error)}): "
-                                  "download it again") from None
+            raise CheckpointError(f"{path} is missing or not a safetensors file "
+                                  f"({one_line(error)}): download it again") from None
     if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
         embedding = weights["model.embed_tokens.weight"]
         head = weights.setdefault("lm_head.weight", embedding)
-        # A file with a head of its own means it, whatever its config says.
+        # If the file stores a different lm_head, use it, whatever config.json says.
         config.tie_word_embeddings = torch.equal(head, embedding)
     try:
         model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:  # it names what is missing, unexpected or of another shape
+    except RuntimeError as error:  # lists missing, unexpected and misshapen weights
         raise CheckpointError(f"{folder}: the weights do not fit config.json ({one_line(error)}): "
                               "download it again") from None
     model.tie()
-    for name in CARRIED:
+    for name in COPIED_FILES:
         if (folder / name).is_file():
             model.files[name] = (folder / name).read_bytes()
     model.eos_ids = read_eos_ids(folder, raw)
@@ -355,35 +386,36 @@ def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
 
 
 def read_json(path: Path) -> dict:
+    """Read a JSON object. Raises CheckpointError if the file is missing or malformed."""
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("not an object")
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is missing or not JSON ({one_line(error)}): give the folder "
-                              "of a checkpoint, such as 'hf download NAME --local-dir FOLDER' "
-                              "makes") from None
+        raise CheckpointError(
+            f"{path} is missing or not a JSON object ({one_line(error)}): give the folder of a "
+            "checkpoint, for example from 'hf download NAME --local-dir FOLDER'") from None
     return content
 
 
-def one_line(error) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: one, or those that an index names."""
+    """Return the safetensors files of a checkpoint: a single file, or the shards in its index."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return [folder / "model.safetensors"]
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict):
         raise CheckpointError(f"{index} has no weight_map: download it again")
-    # The name alone: a file of this folder.
+    # Use the file name alone, so that an index cannot point outside the folder.
     return sorted({folder / Path(str(name)).name for name in names.values()})
 
 
 def read_eos_ids(folder: Path, raw: dict) -> tuple[int, ...]:
-    """The end tokens of generation_config.json or, where it names none, of config.json."""
+    """Return the end tokens in generation_config.json or, if it has none, in config.json."""
     path = folder / "generation_config.json"
     eos = read_json(path).get("eos_token_id") if path.is_file() else None
     if eos is None:
@@ -392,24 +424,28 @@ def read_eos_ids(folder: Path, raw: dict) -> tuple[int, ...]:
         return ()
     ids = eos if isinstance(eos, list) else [eos]
     if not all(type(i) is int for i in ids):
-        raise CheckpointError(f"{folder}: eos_token_id {eos!r} is not a token id or a list of them")
+        raise CheckpointError(f"{folder}: eos_token_id is {eos!r}, which is neither a token id nor "
+                              "a list of token ids")
     return tuple(ids)
 
 
 def save_pretrained(model: Decoder, folder):
-    """Write a folder that `load_pretrained` and `transformers` open; no file is ever half there."""
+    """Write a folder that `load_pretrained` and `transformers` can open.
+
+    Each file is written atomically. Raises OSError if one cannot be written.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # named_parameters names a tied weight once.
+    # A tied weight occurs only once in named_parameters.
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     atomic_write(folder / "model.safetensors",
                  lambda path: save_file(weights, path, metadata={"format": "pt"}))
     config = model.config.to_dict()
-    config.pop("torch_dtype", None)  # the older name of dtype
+    config.pop("torch_dtype", None)  # the old name of dtype
     config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
     files = dict(model.files)
     if model.eos_ids:
-        # Whoever opens the folder must stop where this model learned to stop.
+        # Other programs must stop at the same tokens; they read either of the two files.
         generation = json.loads(files.get("generation_config.json", b"{}"))
         generation["eos_token_id"] = config["eos_token_id"] = list(model.eos_ids)
         files["generation_config.json"] = json.dumps(generation, indent=2).encode()
@@ -419,88 +455,113 @@ def save_pretrained(model: Decoder, folder):
 
 
 def atomic_write(path: Path, write):
-    """Write through a temporary name, so that a crash leaves no half file under the real one."""
+    """Call write(temporary path), then rename the result to `path`.
+
+    If anything fails, an older file at `path` is left as it was and the temporary file is removed.
+    Raises OSError if the file cannot be written.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode
-    write(temporary)
-    temporary.chmod(mode)  # safetensors would let the owner alone read
-    os.replace(temporary, path)
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)  # safetensors creates files that only their owner can read
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError from torch.save
+        raise OSError(f"{path} cannot be written ({one_line(error)}): check the folder's "
+                      "permissions and the space on the disk") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # -----------------------------------------------------------------------------
 # sampling
 
 class Cache:
-    """Keys and values while sampling: a prompt's once for all its samples, and each sample's own.
+    """Keys and values of the tokens so far, while sampling S continuations of each of Q prompts.
 
-    In each layer `prompt_k` and `prompt_v` [Q, H_kv, P, d] hold Q prompts, padded on the right to P
-    tokens; `k` and `v` [Q, H_kv, S, N, d] have N slots for the new tokens of S samples of each; the
-    first `width` of them are looked at. One softmax over both parts: bifurcated attention, arXiv
-    2403.08845.
+    A prompt's keys and values are stored once for all its samples: `prompt_k` and `prompt_v`
+    [Q, H_kv, P, d], padded on the right to P tokens. Each sample's own tokens are stored in `k` and
+    `v` [Q, H_kv, S, N, d], of which the first `width` of N slots are read. There is one tensor for
+    each layer. Attention takes one softmax over both parts (bifurcated attention, arXiv
+    2403.08845).
+
+    Keys are float32 even if the model is not, because attention scores must be: keys can be large
+    (170 in Qwen2), and rounding their scores to bfloat16 would change the model.
     """
 
     def __init__(self, config: Config, lengths: Tensor, P: int, S: int, N: int, like: Tensor):
-        Q, H = len(lengths), config.num_key_value_heads
-        self.seen = torch.arange(P, device=like.device) < lengths[:, None]  # [Q, P]: not padding
+        Q = len(lengths)
+        H_kv = config.num_key_value_heads
+        d = config.head_dim
+        self.is_prompt = torch.arange(P, device=like.device) < lengths[:, None]  # [Q, P]
         self.width = 0
-        self.prompt_k, self.prompt_v, self.k, self.v = [], [], [], []  # a tensor for each layer
+        self.prompt_k, self.prompt_v, self.k, self.v = [], [], [], []
         for _ in range(config.num_hidden_layers):
-            self.prompt_k.append(like.new_zeros(Q, H, P, config.head_dim))
-            self.prompt_v.append(like.new_zeros(Q, H, P, config.head_dim))
-            self.k.append(like.new_zeros(Q, H, S, N, config.head_dim))
-            self.v.append(like.new_zeros(Q, H, S, N, config.head_dim))
+            self.prompt_k.append(like.new_zeros(Q, H_kv, P, d, dtype=torch.float32))
+            self.prompt_v.append(like.new_zeros(Q, H_kv, P, d))
+            self.k.append(like.new_zeros(Q, H_kv, S, N, d, dtype=torch.float32))
+            self.v.append(like.new_zeros(Q, H_kv, S, N, d))
 
     def fill(self, queries: slice, i: int, q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
-        """`attend` for some of the prompts: as `attention`, and keys and values are kept."""
+        """Compute `attention` for some prompts, and store their keys and values in layer i."""
         self.prompt_k[i][queries, :, :k.shape[2]] = k
         self.prompt_v[i][queries, :, :k.shape[2]] = v
         return attention(q, k, v, mask)
 
     def mask(self, slot: Tensor) -> Tensor:
-        """Additive attention mask [Q, 1, 1, 1, P + width] of a token that goes into `slot`, [1]."""
-        own = torch.arange(self.width, device=slot.device) <= slot
-        seen = torch.cat((self.seen, own.expand(len(self.seen), -1)), dim=1)
-        mask = torch.zeros_like(seen, dtype=self.k[0].dtype).masked_fill(~seen, -math.inf)
+        """Return the additive mask [Q, 1, 1, 1, P + width] for a token stored in `slot`, [1]."""
+        is_filled = torch.arange(self.width, device=slot.device) <= slot
+        visible = torch.cat((self.is_prompt, is_filled.expand(len(self.is_prompt), -1)), dim=1)
+        mask = torch.zeros(visible.shape, device=slot.device).masked_fill(~visible, -math.inf)
         return mask[:, None, None, None]
 
     def decode(self, slot: Tensor, i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """`attend` for a new token of each sample: q [Q S, H, 1, d], k and v [Q S, H_kv, 1, d]."""
+        """Store one new token of each sample in layer i, and return its attention [Q*S, H, 1, d].
+
+        q is [Q*S, H, 1, d]; k and v are [Q*S, H_kv, 1, d].
+        """
         Q, H_kv, P, d = self.prompt_k[i].shape
         S = self.k[i].shape[2]
-        q = q.view(Q, S, H_kv, -1, d).transpose(1, 2)  # [Q, H_kv, S, g, d], g = H / H_kv
-        self.k[i].index_copy_(3, slot, k.view(Q, S, H_kv, 1, d).transpose(1, 2))
-        self.v[i].index_copy_(3, slot, v.view(Q, S, H_kv, 1, d).transpose(1, 2))
+        new_k = k.view(Q, S, H_kv, 1, d).transpose(1, 2)
+        new_v = v.view(Q, S, H_kv, 1, d).transpose(1, 2)
+        self.k[i].index_copy_(3, slot, new_k.float())
+        self.v[i].index_copy_(3, slot, new_v)
         own_k = self.k[i][:, :, :, :self.width]
         own_v = self.v[i][:, :, :, :self.width]
 
-        # One product with the prompt's keys for all samples, so that they are read once.
-        to_prompt = (q.flatten(2, 3) @ self.prompt_k[i].mT).unflatten(2, (S, -1))  # [.., g, P]
-        to_own = q @ own_k.mT  # [Q, H_kv, S, g, width]
-        scores = torch.cat((to_prompt, to_own), dim=-1) * d**-0.5 + mask
-        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-        on_prompt, on_own = weights.split((P, self.width), dim=-1)
-        y = (on_prompt.flatten(2, 3) @ self.prompt_v[i]).unflatten(2, (S, -1)) + on_own @ own_v
+        # The samples of a prompt share its keys. Merging the axes S and g = H / H_kv gives one
+        # matrix product per prompt and key head, which reads them once.
+        q = q.view(Q, S, H_kv, -1, d).transpose(1, 2).float()  # [Q, H_kv, S, g, d]
+        prompt_scores = q.flatten(2, 3) @ self.prompt_k[i].mT  # [Q, H_kv, S*g, P]
+        own_scores = q @ own_k.mT  # [Q, H_kv, S, g, width]
+        scores = torch.cat((prompt_scores.unflatten(2, (S, -1)), own_scores), dim=-1)
+        # Scale the scores and not q, whose bfloat16 values are exact even in TF32.
+        weights = torch.add(mask, scores, alpha=d**-0.5).softmax(-1).to(v.dtype)
+
+        prompt_weights, own_weights = weights.split((P, self.width), dim=-1)
+        from_prompt = prompt_weights.flatten(2, 3) @ self.prompt_v[i]  # [Q, H_kv, S*g, d]
+        y = from_prompt.unflatten(2, (S, -1)) + own_weights @ own_v  # [Q, H_kv, S, g, d]
         return y.transpose(1, 2).reshape(Q * S, -1, 1, d)
 
     def keep(self, queries: Tensor, samples: Tensor):
-        """Keep these queries [Q'] and of each these samples [Q', S'], a layer at a time."""
-        self.seen = self.seen[queries]
+        """Keep the prompts `queries` [Q'] and, of each of them, the samples `samples` [Q', S']."""
+        self.is_prompt = self.is_prompt[queries]
         heads = torch.arange(self.k[0].shape[1], device=queries.device)
-        cells = (queries[:, None, None], heads[None, :, None], samples[:, None, :])
-        for i in range(len(self.k)):
+        kept = (queries[:, None, None], heads[None, :, None], samples[:, None, :])
+        for i in range(len(self.k)):  # layer by layer, to need less memory
             self.prompt_k[i] = self.prompt_k[i][queries]
             self.prompt_v[i] = self.prompt_v[i][queries]
-            self.k[i] = self.k[i][cells]  # [Q', H_kv, S', N, d]
-            self.v[i] = self.v[i][cells]
+            self.k[i] = self.k[i][kept]  # [Q', H_kv, S', N, d]
+            self.v[i] = self.v[i][kept]
 
 
 class Sampler:
-    """The state of `generate`, on the device: all that a decode step reads and writes.
+    """The state of `generate`, kept on the device.
 
-    Of n samples in all, R = Q x S are still in the batch: Q queries with S samples each, some of
-    which may have finished. rows[q, s] is a sample's number among the n; so `out` has n rows, and
-    `token` has R.
+    All n samples are numbered from 0. The batch holds R = Q * S of them, S samples of each of Q
+    prompts, and shrinks when samples finish; `rows` [Q, S] has their numbers. `lengths`, `u`,
+    `out`, `total` and `done` have an entry for each of the n samples, `token` for each of the R.
     """
 
     def __init__(self, model: Decoder, prompts, samples: int, new: int, temperature: float,
@@ -509,23 +570,26 @@ class Sampler:
         n = len(prompts) * samples
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
         self.model = model
+        self.head = weight.float()  # [V, D], converted once for all steps
         self.temperature = temperature
         self.top_p = top_p
         self.statistic = statistic
         self.ends = torch.tensor(sorted(eos_ids), dtype=torch.long, device=weight.device)
         self.cache = Cache(model.config, lengths, max(map(len, prompts)), samples, new, weight)
-        self.rows = torch.arange(n, device=weight.device).view(-1, samples)  # [Q, S] of the n
+        self.rows = torch.arange(n, device=weight.device).view(-1, samples)  # [Q, S]
         self.lengths = lengths.repeat_interleave(samples)  # [n], of the prompts
         self.u = uniforms(prompts, samples, new, seed).to(weight.device)  # [n, new]
         self.out = torch.full((n, new), -1, device=weight.device)  # tokens; -1 after the end
-        self.total = torch.zeros(n, device=weight.device)  # [..., n]: the statistic's sum
+        self.total = torch.zeros(n, device=weight.device)  # [..., n], the sum of the statistic
         self.done = torch.zeros(n, dtype=torch.bool, device=weight.device)
         self.failed = torch.zeros(1, dtype=torch.bool, device=weight.device)  # logits not finite
-        self.token = torch.zeros(n, dtype=torch.long, device=weight.device)  # [R], chosen last
-        self.t = torch.zeros(1, dtype=torch.long, device=weight.device)  # tokens chosen so far
+        self.token = torch.zeros(n, dtype=torch.long, device=weight.device)  # [R], the last tokens
+        self.t = torch.zeros(1, dtype=torch.long, device=weight.device)  # number of tokens so far
+        self.graph = None  # a decode step as a CUDA graph
+        self.graph_shapes = None
 
     def prefill(self, prompts):
-        """Run the prompts through the model, a few at a time, and choose the first tokens."""
+        """Run the prompts through the model, a few at a time, and draw the first tokens."""
         device = self.out.device
         tokens = 2**14 if device.type == "cuda" else 2**9
         size = max(1, tokens // max(map(len, prompts)))
@@ -533,34 +597,34 @@ class Sampler:
         for start in range(0, len(prompts), size):
             piece = [torch.tensor(prompt) for prompt in prompts[start:start + size]]
             last = torch.tensor([len(prompt) - 1 for prompt in piece], device=device)
-            # Padding on the right, which no token before it sees.
+            # Attention is causal, so padding on the right does not change the other tokens.
             ids = nn.utils.rnn.pad_sequence(piece, batch_first=True).to(device)
             fill = partial(self.cache.fill, slice(start, start + len(piece)))
             hidden = self.model.hidden_states(ids, attend=fill)  # [piece, T, D]
             hidden = hidden[torch.arange(len(piece), device=device), last]
-            logits.append(self.model.lm_head(hidden))
+            logits.append(F.linear(hidden.float(), self.head))
         logits = torch.cat(logits).repeat_interleave(self.rows.shape[1], dim=0)  # [n, V]
         if self.statistic is not None:
-            one = self.statistic(logits[:1].float())  # [..., 1], for its shape
+            one = self.statistic(logits[:1])  # [..., 1]; only its shape is used
             self.total = one.new_zeros(*one.shape[:-1], len(logits))
         self.choose(logits)
 
     def step(self):
-        """Feed the token chosen last, and choose the next one, of each sample in the batch.
+        """Run the last tokens of the batch through the model, and draw the next ones.
 
-        No value is read from the device and no shape depends on one, so a CUDA graph can hold it.
+        This reads no value from the device and no shape depends on one, so that a CUDA graph can
+        record it.
         """
         slot = self.t - 1
         position = self.lengths[self.rows.flatten()] + slot
         hidden = self.model.hidden_states(self.token[:, None], position[:, None],
                                           self.cache.mask(slot), partial(self.cache.decode, slot))
-        self.choose(self.model.lm_head(hidden[:, 0]))
+        self.choose(F.linear(hidden[:, 0].float(), self.head))
 
     def choose(self, logits: Tensor):
-        """Draw the next token of each sample in the batch from its logits [R, V]."""
+        """Draw the next token of each sample in the batch from logits [R, V]."""
         rows = self.rows.flatten()
         running = ~self.done[rows]
-        logits = logits.float()
         self.failed |= ~logits.amax(-1).isfinite().all()
         self.token.copy_(draw(logits, self.u[rows, self.t], self.temperature, self.top_p))
         self.out[rows, self.t] = torch.where(running, self.token, -1)
@@ -569,62 +633,89 @@ class Sampler:
         self.done[rows] |= (self.token[:, None] == self.ends).any(-1)
         self.t += 1
 
-    def compact(self) -> bool:
-        """Let finished samples leave, if at least half of the batch can; True if they did."""
+    def advance(self):
+        """Take one decode step; on a GPU, replay it from a CUDA graph where there is one."""
+        if not self.out.is_cuda:
+            self.step()
+            return
+        shapes = (self.rows.shape, self.cache.width)
+        if shapes == self.graph_shapes:
+            self.graph.replay()
+            return
+        # Take this step without a graph, as the warm-up that capturing needs. Capturing does not
+        # run the step, so the graph is for the steps after it. First free the old graph's memory.
+        self.graph = None
+        stream = side_stream(self.out.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            self.step()
+        self.graph_shapes = shapes
+
+    def compact(self, largest: float):
+        """Remove finished samples, if at most the fraction `largest` of the batch would be left.
+
+        The batch stays a rectangle [Q, S]. Prompts whose samples have all finished are removed, and
+        the others keep as many samples as the prompt with the most running samples has.
+        """
         done = self.done[self.rows]  # [Q, S]
-        queries = (~done).any(1).nonzero()[:, 0]
-        # Running samples move to the front; as many stay as the query with the most of them has.
-        order = done.sort(dim=1, stable=True).indices
-        samples = order[queries, :int((~done).sum(1).max())]
-        if samples.numel() > done.numel() / 2:
-            return False
-        cells = queries[:, None] * done.shape[1] + samples
+        running = (~done).sum(1)  # [Q]
+        queries = running.nonzero()[:, 0]  # [Q']
+        S = int(running.max())
+        if len(queries) * S > largest * done.numel():
+            return
+        # Running samples first. (As bytes: CUDA sorts no booleans before PyTorch 2.6.)
+        order = done.byte().sort(dim=1, stable=True).indices
+        samples = order[queries, :S]  # [Q', S']
         self.cache.keep(queries, samples)
-        self.rows = self.rows.flatten()[cells]
-        self.token = self.token[cells.flatten()]
-        return True
+        self.rows = self.rows[queries[:, None], samples]
+        self.token = self.token.view(done.shape)[queries[:, None], samples].flatten()
 
 
 @torch.no_grad()
 def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: int = 1,
              max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0, eos_ids=(), seed=0,
              statistic=None):
-    """Sample continuations: result[prompt][sample] is a list of new ids, the end token included.
+    """Sample continuations of prompts, which are lists of token ids.
 
-    temperature 0 is greedy; top_p keeps the smallest set of tokens with at least that probability,
-    and what is as probable as the last of them. A sample's random numbers depend on (seed, its
-    prompt's ids, its number) alone, not on what else is in the batch; a prompt given twice in a
-    call goes on with new numbers. seed is an int, or a tuple of ints and strings.
+    Returns a list for each prompt of a list for each sample of its new token ids, including the end
+    token. temperature 0 takes the most probable token. top_p samples from the smallest set of most
+    probable tokens whose probability is at least top_p, ties included. A sample depends only on
+    `seed` (an int, or a tuple of ints and strings), its prompt and its number among the samples of
+    that prompt, not on the rest of the batch. If a prompt occurs twice, its second set of samples
+    is numbered after the first.
 
-    With statistic(logits [R, V]) -> [..., R] the result is a pair: the samples, and the statistic's
-    mean over the tokens of each, [..., prompts, samples]. It sees float32 logits, before
-    temperature and top_p.
+    With statistic(logits [R, V]) -> [..., R] the result is a pair: the samples, and the mean of the
+    statistic over the tokens of each sample, [..., prompts, samples]. The statistic reads float32
+    logits, before temperature and top_p.
 
-    Raises ValueError for prompts and numbers that make no sense, and for more tokens than the
-    model's sliding window; FloatingPointError where logits are not finite.
+    Raises ValueError for invalid arguments, including more tokens than the model's sliding window,
+    and FloatingPointError if logits are not finite.
     """
     check_arguments(model.config, prompts, samples_per_prompt, max_new_tokens, temperature, top_p)
     s = Sampler(model, prompts, samples_per_prompt, max_new_tokens, temperature, top_p, eos_ids,
                 seed, statistic)
     s.prefill(prompts)
-    on_cuda = s.out.is_cuda
-    # The part of the cache that is looked at grows by so many slots; each time a graph is captured.
-    bucket = 128 if on_cuda else 1
-    step = None
-    for n in range(1, max_new_tokens):
-        # Between captures the loop waits for values from the device only here, every 16 tokens.
-        if n % 16 == 0 and s.compact():
-            step = None
+    if s.out.is_cuda:
+        # A CUDA graph is captured for each shape, so change shapes rarely.
+        bucket = 256
+        largest = 0.25
+    else:
+        bucket = 1
+        largest = 0.5
+    for n in range(1, max_new_tokens):  # n tokens of each sample have been drawn
+        if n % 16 == 0:
+            s.compact(largest)  # the loop's only synchronization with the device
         if s.rows.numel() == 0:
             break
-        width = min(max_new_tokens, -(-n // bucket) * bucket)
-        if step is None or width != s.cache.width:
-            s.cache.width = width
-            step = None  # an old graph gives its memory back before the new one takes its own
-            step = capture(s) if on_cuda else s.step
-        step()
+        # Read the slots of the n tokens, rounded up to whole buckets.
+        s.cache.width = min(max_new_tokens, math.ceil(n / bucket) * bucket)
+        s.advance()
     if s.failed:
-        raise FloatingPointError("the model's logits are not finite: its weights may be broken")
+        raise FloatingPointError("the model's logits are not finite: check its weights")
     counts = (s.out >= 0).sum(1)  # [n]
     tokens = [row[:count] for row, count in zip(s.out.tolist(), counts.tolist())]
     groups = [tokens[i:i + samples_per_prompt] for i in range(0, len(tokens), samples_per_prompt)]
@@ -635,88 +726,80 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
 
 def check_arguments(config: Config, prompts, samples: int, new: int, temperature, top_p):
     if not prompts or samples < 1 or new < 1:
-        raise ValueError("give at least one prompt, one sample a prompt and one new token")
+        raise ValueError("there must be at least one prompt, and samples_per_prompt and "
+                         "max_new_tokens must be at least 1")
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}: give 0 (greedy) or more")
+        raise ValueError(f"temperature is {temperature}: it must be finite and at least 0")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}: give more than 0 and at most 1")
-    for prompt in prompts:
+        raise ValueError(f"top_p is {top_p}: it must be greater than 0 and at most 1")
+    for i, prompt in enumerate(prompts):
         if not prompt or min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise ValueError("a prompt is empty or has a token id outside the vocabulary of "
-                             f"{config.vocab_size}")
+            raise ValueError(f"prompt {i} is empty or has a token id outside the vocabulary of "
+                             f"{config.vocab_size} tokens: correct it")
         if config.sliding_window and len(prompt) + new > config.sliding_window:
-            raise ValueError(f"a prompt of {len(prompt)} and {new} new tokens are longer than the "
-                             f"model's sliding window of {config.sliding_window}")
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens, which with {new} new tokens do "
+                             f"not fit in the model's sliding window of {config.sliding_window}: "
+                             "shorten it or lower max_new_tokens")
 
 
 @cache
 def side_stream(device: torch.device):
-    """One for all captures, since cuBLAS keeps a workspace for every stream."""
+    """Return the stream for captures: a single one, as cuBLAS has a workspace for each stream."""
     return torch.cuda.Stream(device)
 
 
-def capture(s: Sampler):
-    """Record a decode step as a CUDA graph, and return what replays it."""
-    stream = side_stream(s.out.device)
-    # Capturing needs a warm-up run. Its effects are undone by putting the state back; what it put
-    # into the cache the first replay writes again.
-    state = (s.token, s.t, s.out, s.total, s.done, s.failed)
-    before = [x.clone() for x in state]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        s.step()
-    torch.cuda.current_stream().wait_stream(stream)
-    for x, y in zip(state, before):
-        x.copy_(y)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        s.step()
-    return graph.replay
-
-
 def uniforms(prompts: list[list[int]], samples: int, new: int, seed) -> Tensor:
-    """A number in [0, 1) for each sample and position, [prompts x samples, new], from a hash of
-    (seed, the prompt's ids, the sample's number), and so independent of the rest of the batch."""
-    numbers = {}  # of samples given to a prompt so far
-    generator = torch.Generator()
-    rows = []
+    """Return random numbers in [0, 1) for each sample and position, [prompts * samples, new].
+
+    A sample's numbers are the bits of a hash of (seed, its prompt, its number), so they do not
+    depend on the rest of the batch. A smaller `new` gives the first of the same numbers.
+    """
+    numbered = Counter()  # how many samples of each prompt there are so far
+    hashes = bytearray()
     for prompt in map(tuple, prompts):
         for _ in range(samples):
-            number = numbers.get(prompt, 0)
-            numbers[prompt] = number + 1
-            key = hashlib.blake2b(repr((seed, prompt, number)).encode(), digest_size=7).digest()
-            generator.manual_seed(int.from_bytes(key, "big"))
-            rows.append(torch.rand(new, generator=generator))
-    return torch.stack(rows)
+            key = repr((seed, prompt, numbered[prompt])).encode()
+            hashes += hashlib.shake_128(key).digest(4 * new)
+            numbered[prompt] += 1
+    bits = torch.frombuffer(hashes, dtype=torch.int32).view(-1, new)
+    return (bits & 0xFFFFFF) * 2.0**-24  # float32 has 24 significant bits
 
 
 def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
-    """A token for each row of logits [R, V], by inverting the cumulative distribution at u [R]."""
+    """Draw a token [R] from each row of logits [R, V].
+
+    The token is the first at which the cumulative probability exceeds the random number u [R].
+    """
     if temperature < 1e-6:
         return logits.argmax(-1)
     if temperature != 1:
-        # Less the largest, so that a division by a small number stays finite.
+        # Subtract the maximum, so that dividing by a small temperature does not overflow.
         logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     p = logits.softmax(-1)
     if top_p < 1:
         ordered = p.sort(-1, descending=True).values
         in_nucleus = ordered.cumsum(-1) - ordered < max(top_p, 1e-9)
-        p = p * (p >= ordered.masked_fill(~in_nucleus, 1).amin(-1, keepdim=True))
-    # Two levels, a block of tokens and then one of its tokens: a running sum over the whole
-    # vocabulary is slow on a CPU, and loses digits on its way.
+        smallest = ordered.masked_fill(~in_nucleus, 1).amin(-1, keepdim=True)
+        p = p * (p >= smallest)
+    # First choose a block of up to 256 tokens by its probability, then a token within the block.
+    # A cumulative sum over the whole vocabulary would be slow on a CPU and less precise.
     blocks = p.unflatten(-1, (-1, math.gcd(p.shape[-1], 256)))  # [R, V / size, size]
-    mass = blocks.sum(-1)
+    mass = blocks.sum(-1)  # [R, V / size]
     block, rest = invert(mass, u * mass.sum(-1))
-    inside = blocks[torch.arange(len(block), device=block.device), block]  # [R, size]
-    token, _ = invert(inside, rest)
+    in_block = blocks[torch.arange(len(block), device=block.device), block]  # [R, size]
+    token, _ = invert(in_block, rest)
     return block * blocks.shape[-1] + token
 
 
 def invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the running sum of mass [R, N] first exceeds target [R], and what of target is left."""
+    """Return the first index [R] at which the cumulative sum of mass [R, N] exceeds target [R].
+
+    Also returns the target less the sum before that index, [R].
+    """
     total = mass.cumsum(-1)
     index = (total <= target[:, None]).sum(-1)
-    # Rounding may put the target past the end: take the last entry that has any mass.
-    index = torch.minimum(index, (total < total[:, -1:]).sum(-1))
+    # If rounding puts the target beyond the end, take the last entry that has any mass.
+    last = (total < total[:, -1:]).sum(-1)
+    index = torch.minimum(index, last)
     before = (total - mass).gather(1, index[:, None])[:, 0]
     return index, (target - before).clamp(min=0)

@@ -15,7 +15,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -343,7 +342,7 @@ def packed_support(model, traces: list[Trace], tokens: int = 2048, device=None):
     """`answer_support` in one pass: (support [B, K_max+1], mask [B, K_max+1]), on the device.
 
     model.hidden_states(input_ids, position_ids, attention_mask) gives hidden states [B, W, D] and
-    model.lm_head the logits of some of them, so logits are computed only where an answer is
+    model.logits the logits of some of them, so logits are computed only where an answer is
     predicted. A batch has at most `tokens` slots. `device` defaults to that of the model.
     """
     if device is None:
@@ -358,7 +357,7 @@ def packed_support(model, traces: list[Trace], tokens: int = 2048, device=None):
         logprobs = []
         # The logits of 512 tokens at a time, since those of all would need much memory.
         for h, target in zip(hidden.split(512), targets.split(512)):
-            logprobs.append(model.lm_head(h).float().log_softmax(-1).gather(1, target)[:, 0])
+            logprobs.append(model.logits(h).log_softmax(-1).gather(1, target)[:, 0])
         table = torch.zeros(batch.mask.shape, device=device)
         table[batch.mask] = torch.cat(logprobs)
         support[batch.trace, batch.step] = (table.sum(1) / batch.mask.sum(1)).exp()

@@ -24,6 +24,7 @@ from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
@@ -536,7 +537,10 @@ def test_a_bfloat16_file_becomes_a_float32_model(tmp_path):
     ours = load_pretrained(tmp_path)
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
     close(ours(IDS), reopened(tmp_path)(IDS).logits, 1e-4)
-    assert load_pretrained(tmp_path, dtype=torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
+    halved = load_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert halved.lm_head.weight.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert halved(IDS).dtype == ours(IDS).dtype == torch.float32
 
 
 @torch.no_grad()
@@ -574,15 +578,18 @@ def test_a_head_of_its_own_and_the_end_tokens_are_saved(tmp_path):
     assert (tmp_path / "b" / "model.safetensors").stat().st_mode == mode, "the same may read both"
 
 
-def half(path):
-    path.write_text("ha")
-    raise OSError("disk full")
+@pytest.mark.parametrize("error, expected", [
+    (OSError, OSError), (RuntimeError, OSError), (SafetensorError, OSError),
+    (KeyboardInterrupt, KeyboardInterrupt)])
+def test_an_interrupted_write_leaves_the_old_file_and_no_temporary_file(error, expected, tmp_path):
+    def write_half(path):
+        path.write_text("ha")
+        raise error("disk full")
 
-
-def test_a_file_is_never_half_written(tmp_path):
     (tmp_path / "file").write_text("whole")
-    with pytest.raises(OSError):
-        decoder.atomic_write(tmp_path / "file", half)
+    with pytest.raises(expected, match="disk full"):
+        decoder.atomic_write(tmp_path / "file", write_half)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "whole"
 
 
@@ -688,6 +695,30 @@ def test_samples_and_their_statistic_are_those_of_passes_without_a_cache(tempera
     assert lengths[0] < 16 and lengths[-1] > 32 and compacted.called, "or nothing was tested"
 
 
+@torch.no_grad()
+def test_bfloat16_sampling_with_large_keys_agrees_with_passes_without_a_cache():
+    """Attention scores rounded to bfloat16 give an error of 0.010, float32 scores one of 0.002."""
+    model = tiny(qkv_bias=True)
+    for layer in model.model.layers:
+        nn.init.normal_(layer.self_attn.k_proj.bias, std=100)
+    model.bfloat16()
+    samples, means = generate(model, PROMPTS, samples_per_prompt=10, max_new_tokens=30,
+                              statistic=self_certainty)
+    errors = []
+    for i, prompt in enumerate(PROMPTS):
+        for j, sample in enumerate(samples[i]):
+            logits = model(torch.tensor([prompt + sample]))[0, len(prompt) - 1:-1].float()
+            errors.append(means[i, j] - self_certainty(logits).mean())
+    assert torch.stack(errors).square().mean().sqrt() < 0.005
+
+
+def test_random_numbers_use_all_bits_of_their_hash():
+    """A 32-bit seed would be equal for these two prompts."""
+    u = decoder.uniforms([[98983], [102828]], 1, 9, seed=0)
+    assert not (u[0] == u[1]).any()
+    assert (u >= 0).all() and (u < 1).all() and u.dtype == torch.float32
+
+
 def test_a_sample_depends_on_its_prompt_its_number_and_the_seed_alone():
     whole = generate(MODEL, PROMPTS, eos_ids=ENDS, **SAMPLING)
     assert len({tuple(sample) for group in whole for sample in group}) == 50
@@ -733,36 +764,45 @@ def test_a_decode_step_needs_no_value_from_the_device(temperature, top_p):
         s.step()
     assert s.out.is_meta and s.t.is_meta and s.total.is_meta
     with pytest.raises((RuntimeError, NotImplementedError)):
-        s.compact()
+        s.compact(1.0)
 
 
 # -----------------------------------------------------------------------------
 # data
 
-SAME = """
-18 ≡ 18.0   $1,000 ≡ 1000.00   1000 dollars ≡ 1000   $29.00. ≡ 29   5kg ≡ 5   1e-05 ≡ 0.00001
-2.5E-3 ≡ 0.0025   1e5 ≡ 100,000   1{,}000 ≡ 1000
-1\\,000 ≡ 1000   1\u2009000 ≡ 1000   1\u202f000 ≡ 1000   1,\\!000 ≡ 1000   1 1/4 ≡ 5/4   3½ ≡ 3.5
-½ ≡ 0.5   1\\frac{1}{4} ≡ 1.25   \\tfrac12 ≡ 1/2   \\dfrac{1}{2} ≡ ½   -\\frac{1}{2} ≡ -0.5
-- 5 ≡ -5   -¥5 ≡ -5   minus 5 ≡ \u22125   +5 ≡ 5   € 5 ≡ 5   5 € ≡ 5   US$5 ≡ 5   18% ≡ 18
-256+37 = 293 ≡ 293   x = \\boxed{5} ≡ 5   It is 18 a day ≡ 18   50 percent ≡ 50\\%   1.50 m ≡ 1.5 m
-72 apples ≡ 72   25 m^2 ≡ 25   25 m² ≡ 25   60 km/h ≡ 60   5 सेब ≡ 5   5\\text{ cm} ≡ 5
-\\(5\\) ≡ 5   ５ ≡ 5   \u0665 ≡ 5   Yes. ≡ yes   **18** ≡ 18   巴黎。 ≡ 巴黎
-“Paris” ≡ Paris   don’t ≡ don't   \\boxed{\\frac{1}{2}} ≡ 0.5   $\\textbf{Paris}$ ≡ Paris
-x^{2} ≡ x^2   \\left( 3, 4 \\right) ≡ (3, 4)   caf\u00e9 ≡ cafe\u0301   Straße ≡ STRASSE   (B) ≡ B
-A) a car ≡ A   A. text ≡ A   A: text ≡ A   B）巴黎 ≡ B   (B) Paris ≡ B   **B.** Paris ≡ B
-\\text{(B)} Rome ≡ B   (B) -5 ≡ B   B.巴黎 ≡ B
-"""
-DIFFERENT = """
--5 ≡ 5   12 ≡ 13   .5 ≡ 5   1/0 ≡ 1   12 ≡ twelve   3 apples ≡ 3 pears   3 of 4 ≡ 3   2 2/3 ≡ 2
-2/3 ≡ 2   3:4 ≡ 3   2021-05-03 ≡ 2021   12:30 ≡ 12   5-10 ≡ 5   1,2 ≡ 12   1,0000 ≡ 10000
-\\sqrt{2} ≡ 2   2\\pi ≡ 2   2π ≡ 2   x^2 ≡ 2   2x ≡ 2   ±2021 ≡ 2021   >5 ≡ 5   ~5 ≡ 5   |5| ≡ 5
-5+ ≡ 5   5² ≡ 52   5^2 ≡ 5   2**3 ≡ 23   3½ ≡ 31/2   2^{x+1} ≡ 2^x+1   5 million ≡ 5
-$5 million ≡ 5   5K ≡ 5   5万 ≡ 5   2 dozen ≡ 2   not 5 ≡ 5   about 5 ≡ 5   less than 5 ≡ 5
-5 or more ≡ 5   5 and a half ≡ 5   It is not 5 ≡ 5   x ≥ 5 ≡ 5   x > 5 ≡ 5   -x ≡ x   $ ≡ !
-A ≡ a car   I ≡ I think so   A ≡ (B) A   A and B ≡ A   a) and c) ≡ a   x ≡ (x) + 1   e.g. ≡ e
-A, B ≡ A   Paris ≡ Rome   1e999999999 ≡ 1   x = 5 or x = 3 ≡ 3   x = 5, y = 3 ≡ 3   x != 3 ≡ 3
-x >= 3 ≡ 3   5 - a ≡ 5
+# By the three rules, as text, as a choice and as a number; then what is in none of them.
+SAME = r"""
+Yes. ≡ yes   \text{blue} ≡ blue   (0, 1) ≡ ( 0,1 )   caf{e1} ≡ caf{e2}   巴黎。 ≡ 巴黎   ５ ≡ 5
+$\textbf{Paris}$ ≡ Paris   \left( 3, 4 \right) ≡ (3, 4)   Straße ≡ STRASSE   “Paris” ≡ Paris
+don’t ≡ don't   5\text{ cm} ≡ 5 cm   \(x\) ≡ x   `x` ≡ x   **18** ≡ 18
+$B$ ≡ B   \boxed{B} ≡ B   **B** ≡ B   (B) ≡ B   B. ≡ B   b ≡ B   Option B ≡ B   B) Paris ≡ B
+(B) Meningitis ≡ B. meningitis   B (meningitis) ≡ B   A) a car ≡ A   A. text ≡ A   A: text ≡ A
+**B.** Paris ≡ B   \text{(B)} Rome ≡ B   (B) -5 ≡ B   (B) Paris ≡ B
+$18 ≡ 18   $18$ ≡ 18   \$18.00 ≡ 18   - $5 ≡ -5   -¥5 ≡ -5   € 5 ≡ 5   5 € ≡ 5   $29.00. ≡ 29
+1,000 ≡ 1000.0   $1,000 ≡ 1000.00   1{,}000 ≡ 1000   1,\!000 ≡ 1000   1e5 ≡ 100,000   18.0 ≡ 18
+1e-05 ≡ 0.00001   2.5E-3 ≡ 0.0025   -5 ≡ −5   - 5 ≡ -5   +5 ≡ 5   ٥ ≡ 5   \(5\) ≡ 5   3/4 ≡ 0.75
+\frac{3}{4} ≡ 0.75   \tfrac12 ≡ 1/2   -\frac{1}{2} ≡ -0.5   \boxed{\frac{1}{2}} ≡ 0.5
+72 apples ≡ 72   1000 dollars ≡ 1000   60 km/h ≡ 60   5\text{ cm} ≡ 5   1.50 m ≡ 1.5 m   18% ≡ 18
+50\% ≡ 50 percent   x = 5 ≡ 5   256+37 = 293 ≡ 293   x = \boxed{5} ≡ 5
+""".replace("{e1}", "\u00e9").replace("{e2}", "e\u0301")
+DIFFERENT = r"""
+$\text{Yes}$ ≡ $\text{No}$   (0, 1) ≡ [0, 1]   {1, 2} ≡ (1, 2)   1, 234 ≡ 1,234   (1, 234) ≡ (1,234)
+{5} ≡ 5   x' ≡ x   -x ≡ x   x ≡ X   \Delta ≡ \delta   mW ≡ MW   CO ≡ Co   2**3 ≡ 23   5² ≡ 52
+\frac{1}{2x} ≡ \frac{1}{2}x   \frac{a}{bc} ≡ \frac{ab}{c}   \mathbb{R} ≡ R   3½ ≡ 31/2
+2^{x+1} ≡ 2^x+1   5’ ≡ 5”   $ ≡ !   Paris ≡ Rome   12 ≡ twelve   H_2 ≡ H2   e.g. ≡ e
+$A$ ≡ $B$   A) B) C) D) ≡ A   (A) (B) ≡ A   A or B ≡ A   A and B ≡ A   a) and c) ≡ a   A, B ≡ A
+A ≡ a car   A ≡ (B) A   A) not B ≡ A   A) Paris ≡ A) Rome   C# ≡ C   O- ≡ O   Cl- ≡ Cl   x ≡ (x) + 1
+(a) - b ≡ a   (B)² ≡ B   I ≡ I think so   f (x) ≡ f   {B} ≡ B
+-5 ≡ 5   12 ≡ 13   .5 ≡ 5   5! ≡ 5   5+ ≡ 5   >5 ≡ 5   ~5 ≡ 5   |5| ≡ 5   (5) ≡ 5   ±2021 ≡ 2021
+0,125 ≡ 125   1,5 ≡ 15   1,2 ≡ 12   1,0000 ≡ 10000   007 ≡ 7   1/0 ≡ 1   1e999999999 ≡ 1
+0.3... ≡ 0.3   2/3 ≡ 2   2 2/3 ≡ 2   3 100/200 ≡ 15.5   120/80 mmHg ≡ 90/60 mmHg
+(100,200) ≡ 100200   3:4 ≡ 3   12:30 ≡ 12   2021-05-03 ≡ 2021   5-10 ≡ 5   3 of 4 ≡ 3   3 or 4 ≡ 3
+5 or more ≡ 5   5 and a half ≡ 5   2x ≡ 2   2n ≡ 2   2 n ≡ 2   6ab ≡ 6   2\pi ≡ 2   2π ≡ 2
+5 - a ≡ 5   x^2 ≡ 2   5^2 ≡ 5   \sqrt{2} ≡ 2   5 million ≡ 5   $5 million ≡ 5   $5b ≡ 5   5K ≡ 5
+5万 ≡ 5   2 dozen ≡ 2   3 tenths ≡ 3   5 tens ≡ 5   3 apples ≡ 3 pears   5 mW ≡ 5 MW   $5 ≡ €5
+$5 ≡ 5 cents   not 5 ≡ 5   about 5 ≡ 5   less than 5 ≡ 5   x > 5 ≡ 5   x ≥ 5 ≡ 5   x >= 3 ≡ 3
+x != 3 ≡ 3   x == 3 ≡ 3   x = 5 ≡ y = 5   2x = 10 ≡ 10   x = 5 or x = 3 ≡ 3   x = 5, y = 3 ≡ 3
+It is not 5 ≡ 5
 """
 
 
@@ -775,6 +815,7 @@ def pairs(table: str) -> list[list[str]]:
 def test_answers_match(table, same):
     for a, b in pairs(table):
         assert data.answers_match(a, b) is data.answers_match(b, a) is same, (a, b)
+        assert not data.answers_match(a, "") and not data.answers_match("", b)
 
 
 @pytest.mark.parametrize("marker, answer, texts", [
@@ -796,27 +837,46 @@ def test_the_marker_begins_with_its_stars():
 
 
 def test_votes_are_counted_whatever_the_spelling():
-    assert data.number_answers(["4", "5", "4.0", None, None, "$5"], 3) == [0, 1, 0, -1, -1, 2]
-    assert data.number_answers(["5 apples", "5 pears", "5"], 3) == [0, 1, 0], "the first one decides"
+    assert data.number_answers(["4", "5", "4.0", None, None, "$5"], 3) == [0, 1, 0, -1, -1, 0]
+    assert data.number_answers(["5 apples", "5 pears", "5"], 3) == [0, 1, 0], "the first decides"
     assert data.majority(["4", "5", "4.0", None]) == ("4", 0.5)
     assert data.majority(["5", "4"]) == ("5", 0.5), "the earliest of equals"
+    assert data.majority(["$A$", "$B$", "$C$", "$D$"])[1] == 0.25
     assert data.majority([None, None]) == data.majority([]) == (None, 0.0)
 
 
-# Templates as the models' own, cut down to user turns.
+# Templates like those of the models, cut down to the features that matter.
 CHATML = ["<|im_start|>", "<|im_end|>"]
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+BOS_EOS = ["<s>", "</s>"]
 CHATML_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-LLAMA3_TEMPLATE = """{{ bos_token }}{% for m in messages %}<|start_header_id|>\
-{{ m.role }}<|end_header_id|>
-
-{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>\
-assistant<|end_header_id|>
-
-{% endif %}"""
+# Like Qwen3: a default system prompt; tools passed, as none; break, and tojson without HTML.
+QWEN_TEMPLATE = """{%- if tools %}{{ raise_exception('There are no tools.') }}{% endif %}
+{%- if messages[0].role != 'system' %}
+    {{- '<|im_start|>system\n9 & ' + ('<9>' | tojson) + '<|im_end|>\n' }}
+{%- endif %}
+{%- for m in messages %}
+    {%- if m.content is not string %}{% break %}{% endif %}
+    {{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+# Like Llama 3.1: BOS, today's date, trimmed messages.
+LLAMA3_TEMPLATE = """{{- bos_token }}
+{%- if tools is not none %}{{ raise_exception('There are no tools.') }}{% endif %}
+{%- if strftime_now is defined %}{{ strftime_now("%d %b %Y") }}{% endif %}
+{%- for m in messages %}
+    {{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim }}
+    {{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}"""
+MISTRAL_TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}\
+{{ '[INST] ' + m.content + ' [/INST]' }}{% elif m.role == 'assistant' %}\
+{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"""
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "▁9",
           *"0123456789+=us"]
@@ -850,35 +910,74 @@ def make(kind: str, special=(), template: str = "", normalizer=None) -> Tokenize
     return tokenizer
 
 
+def write_tokenizer(folder, *arguments, jinja=None, normalizer=None, **config):
+    """Write a tokenizer as a checkpoint has it: tokenizer.json, its config, chat_template.jinja."""
+    make(*arguments, normalizer=normalizer).save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if jinja is not None:
+        (folder / "chat_template.jinja").write_text(jinja)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """(arguments of make) -> Text."""
-    def build(*arguments, eos_ids=(), max_reasoning_steps=16, chat_template=None, **more):
-        folder = tmp_path_factory.mktemp("tokenizer")
-        config = {"bos_token": "<s>", "chat_template": chat_template}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        make(*arguments, **more).save(str(folder / "tokenizer.json"))
+    """(arguments of write_tokenizer) -> Text; CHATML brings its template."""
+    def build(*arguments, eos_ids=(), max_reasoning_steps=16, **config):
+        if CHATML in arguments:
+            config.setdefault("chat_template", CHATML_TEMPLATE)
+        folder = write_tokenizer(tmp_path_factory.mktemp("tokenizer"), *arguments, **config)
         return data.Text(folder, eos_ids, max_reasoning_steps=max_reasoning_steps)
     return build
 
 
 @pytest.mark.parametrize("kind", ["bytes", "first", "always", "prepend"])
-@pytest.mark.parametrize("special, template, bos, post", [
-    (CHATML, CHATML_TEMPLATE, None, ""), (LLAMA3, LLAMA3_TEMPLATE, "<|begin_of_text|>", ""),
-    (LLAMA3, LLAMA3_TEMPLATE, "<|begin_of_text|>", "<|begin_of_text|> $A"),
-    (["<s>", *CHATML], "{{ bos_token }}" + CHATML_TEMPLATE, "<s>", "<s> $A"),
-    (["<s>", *CHATML], CHATML_TEMPLATE, "<s>", "<s> $A")])
-def test_a_prompt_is_that_of_the_chat_template(kind, special, template, bos, post, build):
-    question = " 9 + 9\n = é? "
-    text = build(kind, special, post, chat_template=template)
-    reference = transformers().PreTrainedTokenizerFast(
-        tokenizer_object=make(kind, special, post), bos_token=bos)
+@pytest.mark.parametrize("special, post, template, bos", [
+    (CHATML, "", CHATML_TEMPLATE, None), (CHATML, "", QWEN_TEMPLATE, None),
+    (LLAMA3, "", LLAMA3_TEMPLATE, "<|begin_of_text|>"),
+    (LLAMA3, "<|begin_of_text|> $A", LLAMA3_TEMPLATE, "<|begin_of_text|>"),
+    (["<s>", *CHATML], "<s> $A", CHATML_TEMPLATE, "<s>"),
+    (["<s>", *CHATML], "<s> $A", "{{ bos_token }}" + CHATML_TEMPLATE, "<s>"),
+    (BOS_EOS, "<s> $A", MISTRAL_TEMPLATE, "<s>")])
+def test_a_prompt_is_what_transformers_makes_of_the_chat_template(
+        kind, special, post, template, bos, tmp_path):
+    folder = write_tokenizer(tmp_path, kind, special, post, chat_template=template, bos_token=bos,
+                              eos_token={"content": special[-1], "__type": "AddedToken"})
+    question = " 9 + 9\n = é <9>?\n  us "
     asked = f"{question.strip()}\n{data.INSTRUCTION.format(marker=data.MARKER)}"
-    expected = reference.apply_chat_template(
-        [{"role": "user", "content": asked}], chat_template=template, add_generation_prompt=True,
-        return_dict=False)
-    assert text.prompt(question) == expected
+    text, reference = data.Text(folder), transformers().AutoTokenizer.from_pretrained(folder)
+    assert text.prompt(question) == reference.apply_chat_template(
+        [{"role": "user", "content": asked}], add_generation_prompt=True, return_dict=False)
     assert text.end == text.tokenizer.token_to_id(special[-1])
+
+
+@pytest.mark.parametrize("place", [
+    dict(chat_template=MISTRAL_TEMPLATE), dict(chat_template="no", jinja=MISTRAL_TEMPLATE),
+    dict(chat_template=[{"name": "tool_use", "template": "no"},
+                        {"name": "default", "template": MISTRAL_TEMPLATE}])])
+def test_a_chat_template_is_found_in_each_of_its_places(place, build):
+    text = build("bytes", BOS_EOS, bos_token="<s>", eos_token="</s>", **place)
+    shown = text.tokenizer.decode(text.prompt("9?"), skip_special_tokens=False)
+    assert shown.startswith("<s>[INST] 9?\n") and shown.endswith(" [/INST]")
+
+
+@pytest.mark.parametrize("template, reason", [
+    ("{% if %}", "Expected an expression"), ("{{ raise_exception('No users.') }}", "No users"),
+    ("{{ messages[0].role }}", "user's message"), ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ("{{ messages.append(1) }}", "unsafe"), ([{"name": "rag", "template": "x"}], "default"),
+    ("{{ messages[0].content + 1 }}", "str")])
+def test_a_chat_template_that_cannot_be_used_is_named(template, reason, build, tmp_path):
+    with pytest.raises(data.DataError, match=f"tokenizer_config.json .*{reason}"):
+        build("bytes", CHATML, chat_template=template)
+    if isinstance(template, str):
+        with pytest.raises(data.DataError, match=f"chat_template.jinja .*{reason}") as caught:
+            build("bytes", CHATML, jinja=template, chat_template=None)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_turn_without_an_end_token_ends_with_the_models_own(build):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert build("bytes", CHATML, chat_template=template, eos_ids=[7, 8]).end == 7
 
 
 @pytest.mark.parametrize("kind", ["first", "always", "prepend"])
@@ -890,12 +989,21 @@ def test_a_plain_prompt_has_bos_once_and_no_end(kind, post, build):
     assert text.prompt("9?") == [1, *plain]
 
 
-@pytest.mark.parametrize("special", [CHATML, LLAMA3])
-def test_a_special_token_in_a_question_or_a_solution_stays_text(special, build):
-    text = build("bytes", special)
-    assert text.prompt(f"why {special[-1]}?").count(text.end) == 1
-    assert f"why {special[-1]}?" in text.tokenizer.decode(text.prompt(f"why {special[-1]}?"))
-    assert text.end not in text.response(special[-1], "1")[:-1]
+@pytest.mark.parametrize("template", ["", CHATML_TEMPLATE, CHATML_TEMPLATE.replace("m.role", "m")])
+def test_a_special_token_in_a_question_or_a_solution_stays_text(template, build):
+    text = build("bytes", CHATML, eos_ids=[len(BYTES) + 1], chat_template=template)
+    usual, odd = text.prompt("why?"), text.prompt("<|im_end|> why<|im_start|>?")
+    for special in CHATML:
+        special = text.tokenizer.token_to_id(special)
+        assert odd.count(special) == usual.count(special)
+    assert "<|im_end|> why<|im_start|>?" in text.tokenizer.decode(odd)
+    assert text.end not in text.response("<|im_end|>", "1")[:-1]
+
+
+def test_a_folder_without_a_template_gets_plain_text(build):
+    text = build("bytes", CHATML, eos_ids=[5], chat_template=None)
+    asked = "why?\n" + data.INSTRUCTION.format(marker=data.MARKER) + "\n"
+    assert text.decode(text.prompt("why?")) == asked and text.end == 5
 
 
 @pytest.mark.parametrize("kind", ["first", "always", "prepend"])
@@ -916,7 +1024,7 @@ LINE = st.text("aé漢🙂 .", min_size=1, max_size=4).map(str.strip).filter(boo
 def test_steps_of_any_text_are_whole_lines_merged_evenly(build, lines, answer, between, max_steps):
     text = build("bytes", CHATML, max_reasoning_steps=max_steps)
     written = between.join(["", *lines, f"Answer: {answer}"]) + "\nbye"
-    response = text.encode(written) + [text.end]
+    response = text.encode(written, "\n") + [text.end]
     tokens, cuts, start, end = text.parse([1, 2], response)
     assert tokens == [1, 2] + response and cuts[0] == 2 and cuts == sorted(set(cuts))
     steps = [text.decode(tokens[a:b]).split("\n") for a, b in zip(cuts, cuts[1:])]
@@ -935,13 +1043,13 @@ def test_steps_of_any_text_are_whole_lines_merged_evenly(build, lines, answer, b
 def test_without_an_answer_there_are_no_steps(before, response, after, build):
     text = build("bytes", CHATML)
     ids = [text.tokenizer.token_to_id(token) for token in [*before, *after]]
-    ids = ids[:len(before)] + text.encode(response) + ids[len(before):]
+    ids = ids[:len(before)] + text.encode(response, "\n") + ids[len(before):]
     assert text.parse([5, 6], ids) == ([5, 6] + ids, [2], len(ids) + 2, len(ids) + 2)
     assert text.answer(ids) is None
 
 
 @pytest.mark.parametrize("form", [normalizers.NFC(), normalizers.NFD(), normalizers.Lowercase()])
-@pytest.mark.parametrize("answer", ["caf\u00e9", "cafe\u0301", "2\u00bd", "\u22125", "Å"])
+@pytest.mark.parametrize("answer", ["caf\u00e9", "cafe\u0301", "2\u00bd", "\u22125", "Åland"])
 def test_a_traces_answer_is_its_gold_whatever_the_normalizer(form, answer, build, tmp_path):
     text = build("bytes", CHATML, normalizer=form)
     text.marker = "R\u00e9ponse:"
@@ -969,15 +1077,17 @@ def write_lines(path, *lines):
 def test_records_in_gsm8ks_form(tmp_path, build):
     gsm8k = {"question": "How many?", "answer": "9 + 9 = <<9+9=18>>18\n#### 18"}
     path = write_lines(tmp_path / "a.jsonl", "\ufeff" + json.dumps(gsm8k), "\r",
-                       {"prompt": "And?", "reasoning": "one\n\n two\u2028", "answer": 3})
+                       {"prompt": "And?", "reasoning": "  one\n\n two\u2028", "answer": 3})
     text = build("bytes", CHATML)
     (_, first), (_, second) = data.load_labeled(path, text, 500, 500)[0]
     assert text.decode(first) == "9 + 9 = 18\nAnswer: 18"
-    assert text.decode(second) == "one\ntwo\nAnswer: 3"
+    assert text.decode(second) == "  one\n two\nAnswer: 3", "indentation is kept"
     assert [(question, gold) for _, question, gold in data.load_eval(path, text, 500)[0]] == [
         ("How many?", "18"), ("And?", "3")]
     assert data.load_labeled(path, text, 500, len(second))[1] == 1, "the longer one is skipped"
     assert len(data.load_eval(path, text, 500, limit=1)[0]) == 1
+    write_lines(path, {"prompt": "And?", "reasoning": None, "answer": 3})
+    assert data.load_eval(path, text, 500)[0][0][1:] == ("And?", "3")
 
 
 def test_unlabeled_answers_are_never_read(tmp_path, build):
@@ -1017,6 +1127,14 @@ def test_a_bad_line_is_named(line, tmp_path, build):
     with pytest.raises(data.DataError, match=r"bad\.jsonl line 3\b") as caught:
         data.load_labeled(path, build("bytes", CHATML), 500, 500)
     assert "\n" not in str(caught.value)
+
+
+def test_traces_in_words_that_the_tokenizer_does_not_know_are_refused(tmp_path, toy):
+    folder, text = toy
+    path = write_lines(tmp_path / "a.jsonl", {**WHOLE, "reasoning": "It rains.", "answer": "yes"})
+    with pytest.raises(data.DataError, match="a.jsonl line 1: .* does not know most"):
+        data.load_labeled(path, text, 500, 500)
+    assert len(data.load_labeled(folder / "labeled.jsonl", text, 500, 500)[0]) == 16
 
 
 def test_a_missing_prompt_is_called_prompt():
@@ -1190,12 +1308,17 @@ def trainer_for(toy_run):
     def build(*more):
         argv = [*files_of(toy_run[0] / "out/toy"), *SHORT, *more]
         args = train.parse_arguments([str(word) for word in argv])
-        return train.Trainer(args, *train.load_inputs(args))
+        model, text = train.load_model(args, "cpu")
+        return train.Trainer(args, model, text, *train.load_data(args, text, 10**9)[:2])
     return build
 
 
+def held_out_by(trainer) -> list:
+    return train.load_data(trainer.args, trainer.text, 10**9)[2]
+
+
 def evaluated(trainer) -> dict:
-    held_out = train.load_inputs(trainer.args)[2].held_out
+    held_out = held_out_by(trainer)
     return train.evaluate(held_out, train.answer_held_out(trainer, held_out))
 
 
@@ -1244,10 +1367,10 @@ def test_the_end_token_stays_the_first_of_several(trainer_for, toy_run, tmp_path
 
 def test_a_judge_that_finds_little_gain_in_the_traces_is_warned_of(trainer_for, tmp_path, capsys):
     trainer = trainer_for("--steps", 0, "--out", tmp_path)
-    train.train(trainer, None, None, None)
+    train.train(trainer, None, None)
     assert "warning" not in capsys.readouterr().out
     trainer.anchor = 0.04
-    train.train(trainer, None, None, None)
+    train.train(trainer, None, None)
     said = capsys.readouterr().out
     assert "warning" in said and trainer.args.model in said and "--method rd" in said
 
@@ -1396,7 +1519,7 @@ def test_an_evaluation_is_its_definition_whatever_the_batches(toy_run, trainer_f
     samples = []
     votes = []
     greedy = []
-    for prompt, _, gold in train.load_inputs(trainer.args)[2].held_out:
+    for prompt, _, gold in held_out_by(trainer):
         seed = ("evaluation", 0)
         group, _, _ = trainer.sample([prompt], 6, seed)
         (best,), _, _ = trainer.sample([prompt], 1, seed, temperature=0.0)
@@ -1434,8 +1557,8 @@ def test_results_are_printed_as_a_table_and_diagrams_to_scale(capsys):
     lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.split() == ["base", "final"])
     assert [line.split() for line in lines[start + 1:start + 5]] == [
-        ["sample", "vote"] * 2, ["accuracy", *["0.250", "0.500"] * 2], ["auroc", *["-", "0.750"] * 2],
-        ["greedy_accuracy", "0.500", "0.500"]]
+        ["sample", "vote"] * 2, ["accuracy", *["0.250", "0.500"] * 2],
+        ["auroc", *["-", "0.750"] * 2], ["greedy_accuracy", "0.500", "0.500"]]
     diagram = [line for line in lines if line.startswith("  ") and " of " in line]
     assert diagram == ["  0.25  " + "#" * 10 + "|" + "#" * 9 + " " * 21 + "  0.50 of 6",
                        "  1.00  " + " " * 40 + "|  0.00 of 2",
@@ -1681,15 +1804,15 @@ def test_torchrun_names_the_process_that_died(worlds):
 def test_a_damaged_checkpoint_is_named(trainer_for, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"PK")
     with pytest.raises(train.UsageError, match="checkpoint.pt cannot be read"):
-        train.load_checkpoint(trainer_for("--out", tmp_path), None)
+        train.load_checkpoint(trainer_for("--out", tmp_path))
 
 
 @pytest.mark.parametrize("more, named", [
     (["--lr", 1], "--lr"), (["--group_size", 3], "--group_size"), (["--seed", 1], "--seed")])
 def test_a_run_resumed_with_other_settings_is_refused_by_name(more, named, worlds, monkeypatch):
     monkeypatch.chdir(worlds[0].parent)
-    argv = [*files_of(Path("out/toy")), "--eval", "out/toy/data-0/repeated.jsonl", *SMALL, "--max_eval", 0,
-            "--lr", 2e-4, "--dtype", "float32", "--out", "out/uneven-1", *RESUMED, *more]
+    argv = [*files_of(Path("out/toy")), "--eval", "out/toy/data-0/repeated.jsonl", *SMALL,
+            "--max_eval", 0, "--lr", 2e-4, "--dtype", "float32", "--out", "out/uneven-1", *RESUMED, *more]
     with pytest.raises(train.UsageError, match=named):
         train.main([str(word) for word in argv])
 

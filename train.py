@@ -27,7 +27,6 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -109,7 +108,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--resume", action="store_true", help="continue from the checkpoint in --out")
     add("--eval_only", action="store_true", help="evaluate --model without training")
     add("--eval_samples", type=int, default=8, help="of a held-out query (default: %(default)s)")
-    add("--save_every", type=int, default=20, help="save after so many steps (default: %(default)s)")
+    add("--save_every", type=int, default=20, help="steps between saves (default: %(default)s)")
     add("--show", type=int, default=3, help="examples to print at the end (default: %(default)s)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--dtype", choices=("float32", "bfloat16"),
@@ -179,6 +178,7 @@ def set_up_processes(args) -> tuple[int, int, torch.device]:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, for the head
         # With a mask, cuDNN's attention has NaN gradients at some lengths on Hopper GPUs (pytorch
         # issue 196678), and it plans anew for every shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -209,37 +209,46 @@ def say(text: str):
 
 
 # -----------------------------------------------------------------------------
-# data
+# model and data
 
-@dataclass
-class Records:
-    traces: list[prg.Trace]
-    queries: list[list[int]]  # prompt ids
-    held_out: list[tuple[list[int], str, str]]  # (prompt ids, question, gold answer)
-    checksums: dict[str, str]  # of the files
+def load_model(args, device) -> tuple[Decoder, data.Text]:
+    """The model and its tokenizer."""
+    model = load_pretrained(args.model, device)
+    text = data.Text(args.model, model.eos_ids, args.marker, args.max_reasoning_steps)
+    if text.vocab_size > model.config.vocab_size:
+        raise UsageError(f"{args.model}: tokenizer.json has more tokens than config.json's "
+                         "vocab_size: use the tokenizer that belongs to the model")
+    # The end token that is trained comes first: the saved model must stop where it learned to.
+    model.eos_ids = tuple(dict.fromkeys((text.end, *model.eos_ids)))
+    return model, text
 
 
-def load_records(args, text: data.Text) -> Records:
-    """Read the files that the run needs."""
-    records = Records([], [], [], {})
-    needed = {*files_needed(args), "eval"}
+def load_data(args, text: data.Text, context: int):
+    """The supervised traces, the prompts of the unlabeled queries, and the held-out queries as
+    (prompt, question, gold answer), as far as the run needs them."""
+    traces = []
+    queries = []
+    held_out = []
     limit = args.max_prompt_tokens
     skipped = {}
-    if "labeled" in needed:
+    if "labeled" in files_needed(args):
         pairs, skipped[args.labeled] = data.load_labeled(args.labeled, text, limit,
                                                          args.max_new_tokens, args.max_labeled)
-        records.traces = [make_trace(text, prompt, response) for prompt, response in pairs]
-    if "unlabeled" in needed:
-        records.queries, skipped[args.unlabeled] = data.load_unlabeled(args.unlabeled, text, limit,
-                                                                       args.max_unlabeled)
+        traces = [make_trace(text, prompt, response) for prompt, response in pairs]
+    if "unlabeled" in files_needed(args):
+        queries, skipped[args.unlabeled] = data.load_unlabeled(args.unlabeled, text, limit,
+                                                               args.max_unlabeled)
     if args.eval:
-        records.held_out, skipped[args.eval] = data.load_eval(args.eval, text, limit, args.max_eval)
+        held_out, skipped[args.eval] = data.load_eval(args.eval, text, limit, args.max_eval)
     for path, number in skipped.items():
-        records.checksums[path] = data.checksum(path)
         if number:
             say(f"{path}: {number} records are skipped because they are longer than "
                 "--max_prompt_tokens or --max_new_tokens")
-    return records
+    longest = limit + args.max_new_tokens
+    if longest > context:
+        raise UsageError(f"--max_prompt_tokens and --max_new_tokens add up to {longest} tokens, "
+                         f"but {args.model} was made for {context}: lower them")
+    return traces, queries, held_out
 
 
 def make_trace(text: data.Text, prompt: list[int], response: list[int]) -> prg.Trace:
@@ -262,7 +271,7 @@ class Policy(nn.Module):
                                             batch.attention_mask)  # [B, W, D]
         hidden = hidden.flatten(0, 1)[batch.slots[batch.mask]]  # [tokens of responses, D]
         targets = batch.targets[batch.mask]
-        logprobs = hytuning.head_logprobs(hidden, self.decoder.lm_head, targets)
+        logprobs = hytuning.head_logprobs(hidden, self.decoder.logits, targets)
         return logprobs.new_zeros(batch.mask.shape).masked_scatter(batch.mask, logprobs)
 
 
@@ -278,12 +287,12 @@ DUMMY = prg.Trace(tokens=[0, 0], cuts=[1], answer_start=1)
 class Trainer:
     """Policy, judge and optimizer of a run, and the training step."""
 
-    def __init__(self, args, model: Decoder, text: data.Text, records: Records,
+    def __init__(self, args, model: Decoder, text: data.Text, traces, queries,
                  rank: int = 0, world_size: int = 1):
         self.args = args
         self.text = text
-        self.traces = records.traces
-        self.queries = records.queries
+        self.traces = traces
+        self.queries = queries
         self.rank = rank
         self.world_size = world_size
         self.device = model.lm_head.weight.device
@@ -596,7 +605,8 @@ def print_examples(held_out, found: dict[tuple, dict], number: int):
     """
     def majority_is_right(query):
         prompt, _, gold = query
-        return is_right(data.majority(found[tuple(prompt)]["answers"])[0], gold)
+        winner, _ = data.majority(found[tuple(prompt)]["answers"])
+        return is_right(winner, gold)
 
     for prompt, question, gold in sorted(held_out, key=majority_is_right)[:number]:
         entry = found[tuple(prompt)]
@@ -613,23 +623,19 @@ def print_examples(held_out, found: dict[tuple, dict], number: int):
 # -----------------------------------------------------------------------------
 # checkpoints
 
-def save_checkpoint(trainer: Trainer, records: Records, base: dict | None):
+def save_checkpoint(trainer: Trainer, base: dict | None):
     """Write checkpoint.pt, with all that the rest of the run depends on, from rank 0."""
     path = Path(trainer.args.out, "checkpoint.pt")
     if trainer.rank == 0:
         state = {"model": trainer.model.state_dict(),
                  "moments": trainer.optimizer.state_dict()["state"],
                  "steps_done": trainer.steps_done, "base": base, "args": vars(trainer.args),
-                 "checksums": records.checksums}
-        try:
-            atomic_write(path, lambda temporary: torch.save(state, temporary))
-        except RuntimeError as error:  # what torch.save raises if the disk is full
-            raise UsageError(f"{path} could not be written ({first_line(error)}): make room on the "
-                             "disk, then use --resume") from None
+                 "checksums": compute_checksums(trainer.args)}
+        atomic_write(path, lambda temporary: torch.save(state, temporary))
     barrier()
 
 
-def load_checkpoint(trainer: Trainer, records: Records) -> dict | None:
+def load_checkpoint(trainer: Trainer) -> dict | None:
     """Restore the run from the checkpoint in --out, if there is one; the base's evaluation."""
     path = Path(trainer.args.out, "checkpoint.pt")
     found = all_sum(torch.tensor(float(path.is_file()), device=trainer.device)).item()
@@ -649,8 +655,8 @@ def load_checkpoint(trainer: Trainer, records: Records) -> dict | None:
         if before != now and name not in MAY_CHANGE:
             raise UsageError(f"{path} was made with --{name} {before}, not {now}: use the same "
                              "value, or another --out")
-    for name, checksum in records.checksums.items():
-        if state["checksums"].get(name) != checksum:
+    for name, checksum in compute_checksums(trainer.args).items():
+        if state["checksums"][name] != checksum:
             raise UsageError(f"{name} has changed since {path} was made: restore it, or use "
                              "another --out")
     trainer.model.load_state_dict(state["model"])
@@ -659,6 +665,11 @@ def load_checkpoint(trainer: Trainer, records: Records) -> dict | None:
     trainer.steps_done = state["steps_done"]
     say(f"resuming after step {trainer.steps_done}")
     return state["base"]
+
+
+def compute_checksums(args) -> dict[str, str]:
+    paths = [args.labeled, args.unlabeled, args.eval]
+    return {path: data.checksum(path) for path in paths if path}
 
 
 def first_line(error) -> str:
@@ -744,19 +755,19 @@ def main(argv=None):
     out = Path(args.out)
     if not args.eval_only and Path(args.model).resolve() == (out / "model").resolve():
         raise UsageError(f"--model {args.model} is where this run would write: use another --out")
-    model, text, records = load_inputs(args, device)
+    model, text = load_model(args, device)
+    traces, queries, held_out = load_data(args, text, model.config.context)
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(args, model, text, records, rank, world_size)
-    held_out = records.held_out
+    trainer = Trainer(args, model, text, traces, queries, rank, world_size)
     results = {}
     finished = True
     if not args.eval_only:
-        base = load_checkpoint(trainer, records) if args.resume else None
+        base = load_checkpoint(trainer) if args.resume else None
         log = open_log(out, trainer.steps_done) if rank == 0 else None
         if held_out and base is None:
             base = evaluate(held_out, answer_held_out(trainer, held_out))
         results["base"] = base
-        finished = train(trainer, records, base, log)
+        finished = train(trainer, base, log)
         if rank == 0:
             save_pretrained(model, out / "model")
             say(f"the model is in {out / 'model'}, the log in {out / 'metrics.jsonl'}")
@@ -777,24 +788,7 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
-def load_inputs(args, device="cpu") -> tuple[Decoder, data.Text, Records]:
-    """The model, its tokenizer and the data. Raises UsageError if they do not fit together."""
-    model = load_pretrained(args.model, device)
-    text = data.Text(args.model, model.eos_ids, args.marker, args.max_reasoning_steps)
-    # The end token that is trained comes first: the saved model must stop where it learned to.
-    model.eos_ids = tuple(dict.fromkeys((text.end, *model.eos_ids)))
-    if text.vocab_size > model.config.vocab_size:
-        raise UsageError(f"{args.model}: tokenizer.json has more tokens than config.json's "
-                         "vocab_size: use the tokenizer that belongs to the model")
-    records = load_records(args, text)
-    longest = args.max_prompt_tokens + args.max_new_tokens
-    if longest > model.config.context:
-        raise UsageError(f"--max_prompt_tokens and --max_new_tokens add up to {longest} tokens, "
-                         f"but {args.model} was made for {model.config.context}: lower them")
-    return model, text, records
-
-
-def train(trainer: Trainer, records: Records, base: dict | None, log) -> bool:
+def train(trainer: Trainer, base: dict | None, log) -> bool:
     """Do the remaining steps, with log and checkpoints; False if SIGINT or SIGTERM ended them."""
     args = trainer.args
     if args.method == "hytuning" and trainer.anchor < 0.05:
@@ -815,7 +809,7 @@ def train(trainer: Trainer, records: Records, base: dict | None, log) -> bool:
             stopping = all_sum(torch.tensor(len(signals), device=trainer.device)).item() > 0
             step = trainer.steps_done
             if stopping or step % args.save_every == 0 or step == args.steps:
-                save_checkpoint(trainer, records, base)
+                save_checkpoint(trainer, base)
                 say(f"step {step} of {args.steps}: lambda {line['lambda']:.2f}, PRG of rollouts "
                     f"{show(line['prg_rollouts'])}, of traces {show(line['anchor'])}; saved")
                 if line["answered"] == 0:
