@@ -73,7 +73,8 @@ FORMS = [
     (r"\\\((.*?)\\\)", r"\1"),
     (r"\\(?:boxed|text|textbf|textit|mathrm)\{([^{}]*)\}", r" \1 "),
     (r"\\(?:left|right)(?= ?[()\[\]{}|.\\])", ""),
-    (r"\\[,;:]", " "),  # LaTeX's spacing
+    (r"\{,\}|,\\!", ","),  # LaTeX's thousands and spacing
+    (r"\\[,;:]", " "),
     (r"\\([$%])", r"\1"),
     (r"(?<![\w^}])\\[dt]?frac(?:\{(-?\d+)\}\{(\d+)\}|(\d)(\d))(?![\w^{(!'])", r"\1\3/\2\4"),
     (r"(?<=\d) ?%", " percent"),
@@ -87,7 +88,7 @@ FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 # A marked letter, as in "(B)" or "B.", with or without its option's text, which begins with a word
 # or a number; or a bare letter, with or without the text in brackets.
 OPTION = r"(?:a )?[^\W\d_]{2}.*|-?[$€£¥₹]?\d.*"
-CHOICE = re.compile(rf"(?:option )?(?:(?:\(([a-j])\)|([a-j])[.):])(?: ({OPTION}))?"
+CHOICE = re.compile(rf"(?:option )?(?:(?:\(([a-j])\)|([a-j])(?:[.)]|:(?= )))(?: ({OPTION}))?"
                     rf"|([a-j])(?: \(({OPTION})\))?)")
 # Not an option's text: what denies the choice or names another one.
 NOT_OPTION = re.compile(r"(?:and|or|nor|not|is|but|wrong|incorrect|plus|minus|times)\b"
