@@ -580,20 +580,25 @@ def skipped(records, kept: list, path) -> int:
 # the toy task: triage by evidence
 
 class Triage:
-    """Findings that point to conditions: invented words, nothing medical is meant.
+    """Findings that point to conditions (in invented words; nothing medical is meant).
 
-    A query lists findings, most of which point to one condition. A trace says line by line what
-    each points to, then names the condition that came up most. The base model learns from careless
-    authors, whose lines are right less than half the time; of every third finding they state a
-    *popular misconception* more often than the truth. And a third of them conclude nothing: they
-    name one condition that is in fashion, whatever their lines say. So there are answers that are
-    given with confidence and were not earned, which is what HyTuning is made for.
+    A query lists findings, most of which point to the same condition. A trace says line by line
+    what each finding points to, and then names the condition that came up most often. A third of
+    the queries are marked as urgent, which does not change their answer.
+
+    The base model learns from careless authors. Less than half of their lines are right: of every
+    third finding they state a popular misconception more often than the truth. And in urgent
+    queries most of them jump to one condition before they have reasoned, whatever their lines say,
+    some without writing a single line. So the base model is confident of answers that its reasoning
+    has not earned.
     """
-    FINDINGS, CONDITIONS = 192, 8
-    # In a query, and of these how many point to its condition.
-    LISTED, AGREEING = 6, 4
-    # The share of careless authors who name the first condition, whatever their lines say.
-    FASHION = 1 / 3
+    FINDINGS = 192
+    CONDITIONS = 8
+    LISTED = 6  # findings in a query
+    AGREEING = 4  # of these, how many point to its condition
+    URGENT = 1 / 3  # the share of queries that are urgent
+    JUMP = 0.7  # the share of careless authors who jump in urgent queries
+    SILENT = 0.1  # the share of those who jump that write no line
 
     def __init__(self, seed: int = 0):
         rng = np.random.default_rng([seed, 0])
@@ -629,7 +634,7 @@ class Triage:
 
     def record(self, rng, careless: bool = False) -> dict:
         """A record with prompt, reasoning and answer, by a careful author or a careless one."""
-        findings = ["Findings:"]
+        findings = []
         reasoning = []
         stated = []
         for i, finding in enumerate(self.query(rng), 1):
@@ -641,30 +646,35 @@ class Triage:
             reasoning.append(f"{i} {self.findings[finding]} suggests {stated[-1]}")
         # The condition stated most often, the first of equals.
         answer = max(stated, key=stated.count)
-        if careless and rng.random() < self.FASHION:
+        urgent = rng.random() < self.URGENT
+        title = "Urgent findings:" if urgent else "Findings:"
+        if careless and urgent and rng.random() < self.JUMP:
             answer = self.conditions[0]
-        return {"prompt": "\n".join(findings), "reasoning": "\n".join(reasoning), "answer": answer}
+            if rng.random() < self.SILENT:
+                reasoning = []
+        return {"prompt": "\n".join([title, *findings]), "reasoning": "\n".join(reasoning),
+                "answer": answer}
 
-    def write(self, folder, seed=0, traces=16, queries=2000, held_out=200) -> tuple[int, int]:
-        """Write labeled, unlabeled and eval.jsonl, and a tokenizer; (vocab_size, end_id) of it."""
+    def write_records(self, folder, seed: int = 0):
+        """Write labeled.jsonl (64 records), unlabeled.jsonl (2,000) and eval.jsonl (200)."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [("labeled", traces, ["prompt", "reasoning", "answer"]),
-                 ("unlabeled", queries, ["prompt"]),
-                 ("eval", held_out, ["prompt", "answer"])]
+        folder.mkdir(parents=True)
+        files = [("labeled", 64, ["prompt", "reasoning", "answer"]),
+                 ("unlabeled", 2000, ["prompt"]),
+                 ("eval", 200, ["prompt", "answer"])]
         for number, (name, count, fields) in enumerate(files, 1):
             rng = np.random.default_rng([seed, number])
             with open(folder / f"{name}.jsonl", "w") as file:
                 for _ in range(count):
                     record = self.record(rng)
                     file.write(json.dumps({field: record[field] for field in fields}) + "\n")
-        return self.write_tokenizer(folder)
 
     def write_tokenizer(self, folder: Path) -> tuple[int, int]:
-        """A tokenizer with a token for each word (with the space before it) and each sign."""
+        """Write a tokenizer with a token for each word (with the space before it) and each sign;
+        return its vocab_size and the id of its end token."""
         instruction = INSTRUCTION.format(marker=MARKER)
         names = " ".join(["", *self.findings, *self.conditions])
-        text = "\n".join(["Findings:", instruction, *"123456", MARKER, "1 suggests", names])
+        text = "\n".join(["Findings:", "Urgent findings:", instruction, *"123456", MARKER, "1 suggests", names])
         split = pre_tokenizers.Split(Regex(r" ?\w+|\s|[^\s\w]"), "isolated")
         words = ["<unk>", "<end>"] + [word for word, _ in split.pre_tokenize_str(text)]
         vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}

@@ -99,16 +99,16 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
 
 # -----------------------------------------------------------------------------
-# the five methods
+# the methods
 
 def learning_signals(method: str, certainty: Tensor, prg: Tensor | None, answers: Tensor,
                      group_size: int, anchor: float | None = None,
                      tau: float = 0.5) -> tuple[Tensor, Tensor]:
     """What a step learns from its rollouts: (advantages A [N], earned shares e [N]).
 
-    certainty [N] is c; prg [N] and the anchor are used by hytuning alone. answers [N] are integers:
-    equal where two rollouts of a group give the same answer, -1 where a rollout has no answer.
-    Groups of `group_size` rollouts follow one another. The mix lambda is the mean of e.
+    certainty [N] is c; prg [N] and the anchor are used by hytuning and support alone. answers [N]
+    are integers: equal where two rollouts of a group give the same answer, -1 where a rollout has no
+    answer. Groups of `group_size` rollouts follow one another. The mix lambda is the mean of e.
     """
     c = certainty
     if method == "rd":
@@ -128,8 +128,9 @@ def learning_signals(method: str, certainty: Tensor, prg: Tensor | None, answers
         w = (answers >= 0).to(c.dtype)
         r = pool_by_answer(w * c, answers, group_size)
         e = pool_by_answer(w, answers, group_size)
-    elif method == "hytuning":
-        # The same, but a rollout counts as far as its reasoning earned its answer.
+    elif method in ("hytuning", "support"):
+        # The same, but a rollout counts as far as its reasoning earned its answer. (For support,
+        # which is a control, `prg` is the final support p_K: see `evidence`.)
         w = (answers >= 0) * adaptive_weights(prg, anchor, tau)
         r = pool_by_answer(w * c, answers, group_size)
         e = pool_by_answer(w, answers, group_size)
@@ -138,10 +139,16 @@ def learning_signals(method: str, certainty: Tensor, prg: Tensor | None, answers
     return group_advantages(r, group_size), e
 
 
+def evidence(method: str, prg: Tensor, p_K: Tensor) -> Tensor:
+    """What rollouts and traces are weighted by, [N]: PRG or, in the control `support`, the final
+    support p_K, which asks how sure the model is in the end but not whether it progressed."""
+    return p_K if method == "support" else prg
+
+
 def trace_weights(method: str, prg: Tensor, anchor: float, tau: float = 0.5) -> Tensor:
     """How much each supervised trace counts in L_RD, v [n] with mean 1, from PRG [n]."""
     w = torch.ones_like(prg)
-    if method == "hytuning":
+    if method in ("hytuning", "support"):
         w = adaptive_weights(prg, anchor, tau)
     return w / w.mean()
 

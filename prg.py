@@ -118,6 +118,15 @@ def progressive_reasoning_gain(support: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.any(-1), D * steadiness, -1.0).to(support.dtype)
 
 
+def final_support(support: Tensor, mask: Tensor) -> Tensor:
+    """p_K [B], the support after the whole reasoning, or 0 for a trace without an answer.
+
+    It is the model's confidence in its answer: how probable the answer is to it in the end.
+    """
+    last = (mask.sum(-1) - 1).clamp(min=0)
+    return (support * mask).gather(-1, last[:, None])[:, 0]
+
+
 # -----------------------------------------------------------------------------
 # calibration
 

@@ -52,7 +52,7 @@ class UsageError(ValueError):
 # -----------------------------------------------------------------------------
 # arguments
 
-METHODS = ("rd", "rlif", "static", "votes", "hytuning")
+METHODS = ("rd", "rlif", "static", "votes", "support", "hytuning")
 
 # The files that a method learns from, where it does not need both.
 LEARNS_FROM = {"rd": ("labeled",), "rlif": ("unlabeled",)}
@@ -62,8 +62,8 @@ MAY_CHANGE = ("steps", "out", "resume", "save_every", "show", "device", "tokens_
               "rollouts_per_batch", "checkpoint_activations")
 
 # Defaults that depend on the task or the device.
-TOY = dict(max_prompt_tokens=64, max_new_tokens=48, lr=4e-4, tokens_per_batch=4096)
-REAL = dict(max_prompt_tokens=512, max_new_tokens=512, lr=2e-6)
+TOY = dict(max_labeled=16, max_prompt_tokens=64, max_new_tokens=48, lr=4e-4, tokens_per_batch=4096)
+REAL = dict(max_labeled=0, max_prompt_tokens=512, max_new_tokens=512, lr=2e-6)
 GPU = dict(tokens_per_batch=16384, dtype="bfloat16")
 CPU = dict(tokens_per_batch=1024, dtype="float32")
 
@@ -78,7 +78,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--labeled", help='JSONL of supervised traces: {"prompt", "reasoning", "answer"}, or GSM8K')
     add("--unlabeled", help='JSONL of queries: {"prompt"}; answers are ignored')
     add("--eval", help='JSONL of held-out queries: {"prompt", "answer"}')
-    add("--max_labeled", type=int, default=0, help="use at most this many traces (default: all)")
+    add("--max_labeled", type=int, help="at most this many traces (default: all; toy: 16)")
     add("--max_unlabeled", type=int, default=0, help="use at most this many queries (default: all)")
     add("--max_eval", type=int, default=0, help="at most this many held-out queries (default: all)")
     add("--max_prompt_tokens", type=int, help="skip longer prompts (default: 512; toy: 64)")
@@ -90,8 +90,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="hytuning",
         help="rd: supervised traces only; rlif: self-certainty only; static: both, half each; "
-             "votes: certainty pooled by answer, adaptive lambda; hytuning: votes weighted by PRG "
-             "(default: %(default)s)")
+             "votes: certainty pooled by answer, adaptive lambda; hytuning: votes weighted by PRG; "
+             "support: votes weighted by final support, a control (default: %(default)s)")
     add("--queries_per_step", type=int, default=16, help="of all processes (default: %(default)s)")
     add("--group_size", type=int, default=8, help="G, rollouts of a query (default: %(default)s)")
     add("--traces_per_step", type=int, default=16, help="of all processes (default: %(default)s)")
@@ -317,7 +317,7 @@ class Trainer:
         self.anchor = None
         self.v = torch.zeros(0, device=self.device)
         if self.traces:
-            gains = self.measure_prg(self.judge, self.traces)
+            gains = self.judge_traces(self.traces)[1]
             self.anchor = gains.mean().item()
             self.v = hytuning.trace_weights(args.method, gains, self.anchor, args.tau)
 
@@ -337,7 +337,7 @@ class Trainer:
         clock.append(self.now())
 
         # 2. Judge them: the PRG of each rollout under the frozen starting model.
-        gains = self.measure_prg(self.judge, rollouts)  # [N]
+        prg_rollouts, gains = self.judge_traces(rollouts)  # [N] each, equal except for `support`
         answers = [self.text.answer(x.response) for x in rollouts]
         answers = self.column(data.number_answers(answers, args.group_size))  # [N], -1 for none
         clock.append(self.now())
@@ -353,7 +353,7 @@ class Trainer:
         clock.append(self.now())
         self.steps_done += 1
 
-        columns = {"prg_rollouts": gains, "self_certainty": c, "entropy": entropy,
+        columns = {"prg_rollouts": prg_rollouts, "self_certainty": c, "entropy": entropy,
                    "answered": answers >= 0, "undecided": A == 0,
                    "response_length": self.column([len(x.response) for x in rollouts])}
         line = {"step": self.steps_done, "lambda": lam, "loss_rd": L_RD, "loss_rlif": L_RLIF,
@@ -465,9 +465,11 @@ class Trainer:
                                                self.device)
         return support.double(), mask
 
-    def measure_prg(self, judge: Decoder, traces) -> Tensor:
-        """PRG [N] of traces under this model, -1 without an answer."""
-        return prg.progressive_reasoning_gain(*self.measure_support(judge, traces))
+    def judge_traces(self, traces) -> tuple[Tensor, Tensor]:
+        """(PRG [N], the method's evidence [N]) of traces under the frozen starting model."""
+        support, mask = self.measure_support(self.judge, traces)
+        gains = prg.progressive_reasoning_gain(support, mask)
+        return gains, hytuning.evidence(self.args.method, gains, prg.final_support(support, mask))
 
     def pack(self, traces) -> list[prg.Packed]:
         return prg.pack(traces, copies=False, tokens=self.args.tokens_per_batch, device=self.device)
@@ -514,7 +516,7 @@ def answer_held_out(trainer: Trainer, held_out) -> dict[tuple, dict]:
     greedy, _, _ = trainer.sample(mine, 1, seed, temperature=0.0, progress="evaluating, greedy")
     support, mask = trainer.measure_support(trainer.model, samples)
     gains = prg.progressive_reasoning_gain(support, mask).tolist()
-    curves = [p[m].tolist() for p, m in zip(support, mask)]  # p_0..p_K of each sample, or []
+    confidence = prg.final_support(support, mask).clamp(max=1).tolist()
     found = {}
     for i, prompt in enumerate(mine):
         group = range(i * S, (i + 1) * S)
@@ -522,9 +524,9 @@ def answer_held_out(trainer: Trainer, held_out) -> dict[tuple, dict]:
         steps = [text.decode(first.tokens[a:b]) for a, b in zip(first.cuts, first.cuts[1:])]
         found[tuple(prompt)] = {
             "answers": [text.answer(samples[j].response) for j in group],
-            "confidence": [min(curves[j][-1], 1.0) if curves[j] else 0.0 for j in group],
-            "prg": [gains[j] for j in group], "greedy": text.answer(greedy[i].response),
-            "curve": list(zip(curves[i * S], ["(before any step)", *steps]))}
+            "confidence": [confidence[j] for j in group], "prg": [gains[j] for j in group],
+            "greedy": text.answer(greedy[i].response),
+            "curve": list(zip(support[i * S].tolist(), ["(before any step)", *steps]))}
     if trainer.world_size > 1:
         parts = [None] * trainer.world_size
         dist.all_gather_object(parts, found)
@@ -736,7 +738,7 @@ def set_up_toy(args, rank: int, device: torch.device):
     base = Path("out/toy")
     build_folder(base, partial(train_toy_base, device=device), rank)
     records = base / f"data-{args.seed}"
-    build_folder(records, partial(data.Triage().write, seed=args.seed), rank)
+    build_folder(records, partial(data.Triage().write_records, seed=args.seed), rank)
     args.model = str(base)
     args.labeled = str(records / "labeled.jsonl")
     args.unlabeled = str(records / "unlabeled.jsonl")
@@ -810,8 +812,8 @@ def train(trainer: Trainer, base: dict | None, log) -> bool:
             step = trainer.steps_done
             if stopping or step % args.save_every == 0 or step == args.steps:
                 save_checkpoint(trainer, base)
-                say(f"step {step} of {args.steps}: lambda {line['lambda']:.2f}, PRG of rollouts "
-                    f"{show(line['prg_rollouts'])}, of traces {show(line['anchor'])}; saved")
+                say(f"step {step} of {args.steps} saved: lambda {line['lambda']:.2f}, PRG of "
+                    f"rollouts {show(line['prg_rollouts'])} (traces: {show(line['anchor'])})")
                 if line["answered"] == 0:
                     say("warning: no rollout ends with a readable answer: raise --max_new_tokens, "
                         "or teach the format with --method rd first")
