@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -1540,9 +1541,10 @@ def test_an_evaluation_is_its_definition_whatever_the_batches(toy_run, trainer_f
         wrong = [c for c, r in zip(confidence, correct) if not r]
         expected[name] = dict(
             accuracy=sum(correct) / len(correct), confidence=sum(confidence) / len(correct),
-            confidence_when_wrong=sum(wrong) / len(wrong),
+            confidence_when_wrong=sum(wrong) / len(wrong) if wrong else None,
             ece=expected_calibration_error(confidence, correct),
-            brier=brier_score(confidence, correct), auroc=auroc(confidence, correct))
+            brier=brier_score(confidence, correct),
+            auroc=auroc(confidence, correct) if wrong and sum(correct) else None)
     assert flat(result) == pytest.approx(flat(expected), abs=1e-5)
     for size in (1, 13):
         trainer.args.rollouts_per_batch = size
@@ -1640,6 +1642,61 @@ def test_a_run_that_cannot_be_done_ends_with_one_line_and_status_2(more, named, 
     done = run(tmp_path, train.__file__, *files_of(toy_run[0] / "out/toy"), *SHORT, *more)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and named in done.stderr
+
+
+def test_a_stray_world_size_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(train.UsageError, match="WORLD_SIZE is set, but RANK is not"):
+        train.set_up_processes(train.parse_arguments(["--device", "cpu"]))
+
+
+def test_a_fresh_start_removes_the_checkpoint_of_an_earlier_run(toy_run, tmp_path, capsys):
+    argv = [str(word) for word in [*files_of(toy_run[0] / "out/toy"), *SHORT, "--out", tmp_path]]
+    train.main(argv)
+    assert "replaced" not in capsys.readouterr().out and (tmp_path / "checkpoint.pt").exists()
+    with patch.object(train.Trainer, "step", side_effect=KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            train.main(argv)
+    assert f"the earlier run in {tmp_path} is replaced" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "model"]
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_ctrl_c_while_the_toy_is_built_leaves_no_trace(tmp_path):
+    child = subprocess.Popen([sys.executable, train.__file__], cwd=tmp_path, env=ENVIRONMENT,
+                             stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("out/toy.*.tmp/tokenizer.json")):
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_full_disk_ends_in_one_sentence_and_keeps_the_old_checkpoint(toy_run, tmp_path):
+    resource = pytest.importorskip("resource")
+    argv = [*files_of(toy_run[0] / "out/toy"), *SHORT, "--out", tmp_path / "out"]
+    assert run(tmp_path, train.__file__, *argv).returncode == 0
+    before = (tmp_path / "out/checkpoint.pt").read_bytes()
+    argv = [sys.executable, train.__file__, *map(str, argv), "--resume", "--steps", "2"]
+    done = subprocess.run(
+        argv, cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True, timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5)))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "checkpoint.pt cannot be written" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "out/checkpoint.pt").read_bytes() == before
+    assert not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_a_terminal_that_is_not_utf8_does_not_end_a_run(toy_run, tmp_path):
+    path = write_lines(tmp_path / "eval.jsonl", {"prompt": "Befund: é漢", "answer": "é"})
+    done = subprocess.run(
+        [sys.executable, train.__file__, "--eval_only", "--model", toy_run[0] / "out/toy",
+         "--eval", path, *map(str, SMALL), "--show", "1"], cwd=tmp_path, text=True, timeout=300,
+        env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii:strict"}, capture_output=True)
+    assert done.returncode == 0 and r"Befund: \xe9\u6f22" in done.stdout, done.stderr
 
 
 # -----------------------------------------------------------------------------
@@ -1815,6 +1872,17 @@ def test_a_run_resumed_with_other_settings_is_refused_by_name(more, named, world
             "--max_eval", 0, "--lr", 2e-4, "--dtype", "float32", "--out", "out/uneven-1", *RESUMED, *more]
     with pytest.raises(train.UsageError, match=named):
         train.main([str(word) for word in argv])
+
+
+def test_a_run_resumed_with_changed_data_is_refused_by_the_name_of_the_file(toy_run, tmp_path):
+    shutil.copytree(toy_run[0] / "out/toy/data-0", tmp_path / "data-0")
+    argv = ["--model", toy_run[0] / "out/toy", *files_of(tmp_path)[2:], *SHORT, "--out", tmp_path]
+    argv = [str(word) for word in argv]
+    train.main(argv)
+    path = tmp_path / "data-0/labeled.jsonl"
+    path.write_text(path.read_text().replace("\n", "\n\n", 1))
+    with pytest.raises(train.UsageError, match="labeled.jsonl has changed"):
+        train.main([*argv, "--resume"])
 
 
 # -----------------------------------------------------------------------------
