@@ -32,7 +32,7 @@ class DataError(ValueError):
 # answers
 
 def find_answer(text: str, marker: str = MARKER) -> tuple[int, int, int] | None:
-    """Offsets of the last marker, of the answer's start and of its end; None without an answer.
+    """(start of the last marker, start of its answer, end of its answer), or None.
 
     The answer is the rest of the marker's line. The marker counts in upper and lower case, between
     stars or underscores, and with a fullwidth colon: "**ANSWER**: 18", "Answer：18".
@@ -47,7 +47,12 @@ def find_answer(text: str, marker: str = MARKER) -> tuple[int, int, int] | None:
     if not found:
         return None
     line = text[found[-1].end():].split("\n", 1)[0]
-    answer = line.strip().strip("*").strip()
+    answer = line.strip()
+    bold = re.fullmatch(r"\*\*([^*]+)\*\*", answer)
+    if bold:
+        answer = bold[1].strip()
+    elif answer.endswith("**") and answer.count("**") == 1:  # as in "**Answer: 18**"
+        answer = answer.removesuffix("**").strip()
     if not answer:
         return None
     start = found[-1].end() + line.index(answer)
@@ -69,14 +74,15 @@ FORMS = [
     ("[\u201c\u201d]", '"'),
     (r"(?<![\w*])\*\*([^*]+)\*\*(?![\w*])", r"\1"),  # Markdown's **bold** and `code`
     (r"`([^`]+)`", r"\1"),
-    (r"(?<![\w$\\])(\$\$?)([^$]+)\1(?![\w$])", r"\2"),  # LaTeX: $...$ and \(...\)
-    (r"\\\((.*?)\\\)", r"\1"),
-    (r"\\(?:boxed|text|textbf|textit|mathrm)\{([^{}]*)\}", r" \1 "),
+    (r"(?<![\w$\\])(\$\$?)([^$]+)\1(?![\w$])", r"\2"),  # LaTeX: $...$, \(...\), \[...\]
+    (r"\\\((.*?)\\\)|\\\[(.*?)\\\]", r"\1\2"),
+    (r"\\(?:boxed|text|textbf|textit|mathrm)\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
     (r"\\(?:left|right)(?= ?[()\[\]{}|.\\])", ""),
-    (r"\{,\}|,\\!", ","),  # LaTeX's thousands and spacing
+    (r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3}(?!\d|\)))", ","),  # LaTeX's thousands and spacing
     (r"\\[,;:]", " "),
     (r"\\([$%])", r"\1"),
-    (r"(?<![\w^}])\\[dt]?frac(?:\{(-?\d+)\}\{(\d+)\}|(\d)(\d))(?![\w^{(!'])", r"\1\3/\2\4"),
+    (r"(^|= )(-?)\\[dt]?frac(?:\{(\d+)\}\{(\d+)\}|(\d)(\d))$", r"\1\2\3\5/\4\6"),
+    (r"\^\{?\\circ\}?", "°"),
     (r"(?<=\d) ?%", " percent"),
     # Spaces inside brackets, but not in (1, 234), since (1,234) may be one number.
     (r"(?<=[(\[{]) | (?=[)\]}])|(?<=,) (?!\d{3}(?!\d))(?=[^()\[\]{}]*[)\]}])", ""),
@@ -85,23 +91,25 @@ FORMS = [
 ]
 FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 
-# A marked letter, as in "(B)" or "B.", with or without its option's text, which begins with a word
-# or a number; or a bare letter, with or without the text in brackets.
-OPTION = r"(?:a )?[^\W\d_]{2}.*|-?[$€£¥₹]?\d.*"
-CHOICE = re.compile(rf"(?:option )?(?:(?:\(([a-j])\)|([a-j])(?:[.)]|:(?= )))(?: ({OPTION}))?"
-                    rf"|([a-j])(?: \(({OPTION})\))?)")
+# A letter, marked as in "(B)", "B." or "Option B", with or without its option's text, which begins
+# with a word or a number; or a bare capital, with or without the text in brackets.
+TEXT = r"(?:[Aa] )?[^\W\d_]{2}.*|-?[$€£¥₹]?\d.*"
+CHOICE = re.compile(rf"(?:[Oo]ption )?(?:\(([A-Ja-j])\)|([A-Ja-j])(?:[.)]|:(?= )))(?: ({TEXT}))?"
+                    r"|(?:[Oo]ption )?([A-J])(?: \(([^\W\d_]{2}.*)\))?")
 # Not an option's text: what denies the choice or names another one.
-NOT_OPTION = re.compile(r"(?:and|or|nor|not|is|but|wrong|incorrect|plus|minus|times)\b"
-                        r"|.*(?:\b[b-j]\b|\ba\b(?! \w)|\b\w\))")
+NOT_OPTION = re.compile(r".*\b(?:and|or|nor|not?|never|neither|but|is|isn|are|was|be|it|does|doesn|do"
+                        r"|don|cannot|can|too|wrong|false|incorrect|excluded|ruled|eliminated|plus"
+                        r"|minus|times)\b|.*(?:\b[b-z]\b|\ba\b(?! \w)|\b\w\))", re.IGNORECASE)
 
 # A sign, a currency sign, a number without leading zeros (or a simple fraction), a unit.
 NUMBER = re.compile(r"([-+]?) ?([$€£¥₹]?) ?((?=\.?\d)(?!0[\d,])(?:\d{1,3}(?:,\d{3})+|\d*)"
                     r"(?:\.\d+)?(?:[eE][-+]?\d{1,3})?)( ?[$€£¥₹°]| [^\W\d_]+(?:/[^\W\d_]+)?|)")
 FRACTION = re.compile(r"([-+]?) ?()((?!0)\d+ ?/ ?(?!0)\d+)()")
-LEFT_SIDE = re.compile(r"[^\W\d]\w*|[\d.()+*/×÷^ -]+")
+LEFT_SIDE = re.compile(r"[A-Za-z](?:_?[0-9])?|(?=.*[0-9)] ?[-+*/×÷^])[0-9.()+*/×÷^ -]+")
 # Units that one of two answers may leave out: plurals and common signs and abbreviations, except
 # plurals that multiply the number.
-UNIT = re.compile(r"[$€£¥₹°]|percent|[cmk]m|[mk]g|ml|km/h|[a-z]{2,}[a-rtv-z]s")
+UNIT = re.compile(r"[$€£¥₹°]|percent|[cmk]m|[mk]g|ml|km/h|mph|people|feet|hour|minute|day|week|year"
+                  r"|[a-z]{2,}[a-rtv-z]s")
 MULTIPLE = re.compile(r"times|pairs|couples|halves|quarters|logs|scores|(?!months)[a-z]*(?:ths|tens"
                       r"|thirds|hundreds|thousands|illions|illiards|zeroe?s|dozens|crores|lakhs)")
 
@@ -117,25 +125,26 @@ def normalise(text: str) -> str:
             text = re.sub(pattern, replacement, text)
     # Behind a digit there may be a unit, whose case matters. So does that of x, mW, CO and \Delta.
     words, units = re.fullmatch(r"(\D*)(.*)", text).groups()
-    return re.sub(r"(?<!\\)\b(?:[^\W\d_]{3,}|[^\W\d_][a-z])\b", fold_case, words) + units
+    return re.sub(r"(?<!\\)\b(?:[^\W\d_]{3,}|No)\b", fold_case, words) + units
 
 
 def fold_case(word: re.Match) -> str:
-    """The word in small letters, unless it has capitals after its first letter and small ones."""
+    """Lower case for words such as Paris and PARIS; a word such as mRNA stays as it is."""
     if word[0][1:].islower() or word[0].isupper():
-        return word[0].casefold()
+        return word[0].lower()
     return word[0]
 
 
 def read_choice(text: str) -> tuple[str, list[str]] | None:
     """(letter, [option's text]) of a normalised answer that is one choice, otherwise None."""
-    match = CHOICE.fullmatch(text.casefold())
+    match = CHOICE.fullmatch(text)
     if match is None:
         return None
     option = match[3] or match[5] or ""
     if NOT_OPTION.match(option):
         return None
-    return match[1] or match[2] or match[4], [option]
+    letter = match[1] or match[2] or match[4]
+    return letter.upper(), [option]
 
 
 def read_number(text: str) -> tuple[tuple[Fraction, str], list[str]] | None:
@@ -145,12 +154,14 @@ def read_number(text: str) -> tuple[tuple[Fraction, str], list[str]] | None:
     if match is None or not all(LEFT_SIDE.fullmatch(side) for side in left):
         return None
     sign, currency, number, unit = match.groups()
-    if currency and unit:
+    if (currency and unit) or len(number) > 100:
         return None
     value = Fraction(re.sub("[, ]", "", number))
     if sign == "-":
         value = -value
     unit = currency or unit.strip()
+    if unit == "$":
+        unit = "dollars"
     if UNIT.fullmatch(unit) and not MULTIPLE.fullmatch(unit):
         return (value, ""), ["=".join(left), unit]
     return (value, unit), ["=".join(left), ""]
@@ -160,10 +171,10 @@ def answers_match(a: str, b: str) -> bool:
     """Whether two answers are the same, by one of three rules.
 
     1. As text, regardless of case, width, spaces, kinds of dashes and quotes, a final full stop,
-       Markdown's bold and code, and LaTeX that only formats. Case does matter in single letters,
-       in mixed words and behind a digit: x, mW, "5 Mg".
-    2. As one choice from A to J: "B", "(B)", "B.", "Option B" and "B) Paris" are the same, unless
-       another choice is named or the texts of the two options differ.
+       quotes around the answer, Markdown's bold and code, and LaTeX that only formats. Case does
+       matter in words of one or two letters, in mixed words and behind a digit: x, CO, "5 Mg".
+    2. As one choice from A to J: "B", "(b)", "B.", "Option B" and "B) Paris" are the same, unless
+       the choice is denied, another one is named or the texts of the two options differ.
     3. As one number: "$1,000.00" and 1e3, "3/4" and 0.75. It may be the last side of an equation
        and have one unit. One of the two left sides may be missing, otherwise they must be equal.
        So must the units, of which only %, currency signs, common abbreviations and plurals may be
@@ -321,10 +332,8 @@ class Text:
         del vocab[START]
         self.vocab_size = max(vocab.values()) + 1
         self.unknown = vocab.get(getattr(self.tokenizer.model, "unk_token", None))
-        self.special = set()
-        for i, token in self.tokenizer.get_added_tokens_decoder().items():
-            if token.special and i != self.unknown:
-                self.special.add(i)
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.special = {i for i, token in added.items() if token.special}
 
         self.chat = None
         self.before_response = "\n"
@@ -420,7 +429,8 @@ class Text:
 
         tokens is prompt + response. Step k is tokens[cuts[k]:cuts[k + 1]], the marker is
         tokens[cuts[-1]:answer_start] and the answer tokens[answer_start:answer_end]. Steps are the
-        lines before the last marker that are not blank, merged evenly into max_reasoning_steps.
+        lines before the last marker that are not blank, merged evenly if they are more than
+        max_reasoning_steps.
         Without an answer there are no steps, and answer_start = answer_end = len(tokens).
         """
         tokens = prompt + response
@@ -491,7 +501,7 @@ def checksum(path) -> str:
 
 
 def finite(number: str) -> str:
-    """The number as it is written. An exported table may say NaN for a missing value."""
+    """The number as it is written. NaN and infinity, as in some exported tables, are errors."""
     if not np.isfinite(float(number)):
         raise ValueError(f"{number} is not a finite number")
     return number
@@ -515,7 +525,7 @@ def solution_of(record: dict, where: str) -> tuple[str, str]:
     """
     reasoning = ""
     answer = text_field(record, "answer", where)
-    if record.get("reasoning") is not None:
+    if record.get("reasoning"):
         reasoning = text_field(record, "reasoning", where)
     elif "####" in answer:
         reasoning, _, answer = re.sub(r"<<[^<>]*>>", "", answer).rpartition("####")
@@ -572,7 +582,8 @@ def load_eval(path, text: Text, max_prompt: int, limit: int = 0):
 def skipped(records, kept: list, path) -> int:
     """How many records were skipped because they are too long; DataError if all were."""
     if not kept:
-        raise DataError(f"{path}: all {len(records)} records are longer than the limit: raise it")
+        raise DataError(f"{path}: every record is too long: raise --max_prompt_tokens or "
+                        "--max_new_tokens")
     return len(records) - len(kept)
 
 

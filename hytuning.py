@@ -1,20 +1,22 @@
-"""The HyTuning method: how a few supervised traces and many unlabeled queries share one update.
+"""The HyTuning method: a few supervised traces and many unlabeled queries share one update.
 
-A *rollout* is a response that the policy samples to an unlabeled query. G rollouts of the same
-query form a group. For rollout j, with i~j running over the rollouts of its group that give the
-same answer:
+RD (reasoning distillation) is maximum likelihood on the supervised traces. RLIF (reinforcement
+learning from internal feedback) samples G rollouts, or responses, of the policy pi to each
+unlabeled query and rewards those of which the policy itself is certain. For rollout j, with i~j
+running over the rollouts to the same query that give the same answer:
 
-    c_j = mean over its tokens of KL(U || pi)                    its self-certainty
-    w_j = 2 sigmoid(min((PRG_j - a) / max(a, 0.05), 0) / tau)    its weight
-    r_j = (1/G) sum_{i~j} w_i c_i                                its reward
-    e_j = (1/G) sum_{i~j} w_i                                    its earned share
-    A_j = (r_j - mean of the group) / std of the group           its advantage
+    c_j = mean over its tokens of KL(U || pi)                    self-certainty; U is uniform
+    w_j = 2 sigmoid(min((PRG_j - a) / max(a, 0.05), 0) / tau)    weight; tau makes it softer
+    r_j = (1/G) sum_{i~j} w_i c_i                                reward
+    e_j = (1/G) sum_{i~j} w_i                                    earned share: weighted votes
+    A_j = (r_j - mean of the group) / std of the group           advantage
 
     lambda = mean of e over all rollouts
-    L      = (1 - lambda) L_RD + lambda L_RLIF                   the loss
+    L      = (1 - lambda) L_RD + lambda L_RLIF                   loss
 
-PRG (see prg.py) measures how far the reasoning earned the answer. The anchor a is the mean PRG of
-the supervised traces. A trace may also be wrong, so in L_RD trace i counts v_i = w_i / mean w.
+PRG (see prg.py) measures how far the reasoning earned the answer, and the anchor a is the mean PRG
+of the supervised traces. The traces are weighted in the same way, since they may also be wrong:
+in L_RD each of them counts v = w / (mean w of the traces).
 
 Only the log-probabilities of tokens in the two losses have a gradient; w, v, c, r, e, A and lambda
 are constants. This file is self-contained; copy it freely. Next to read: prg.py.
@@ -45,12 +47,6 @@ def self_certainty(logits: Tensor) -> Tensor:
     return logits.logsumexp(-1) - logits.mean(-1) - math.log(logits.shape[-1])
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """-sum_v pi(v) log pi(v), in nats, [...] from logits [..., V]. It is only logged."""
-    logprobs = logits.log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
-
-
 # -----------------------------------------------------------------------------
 # weights, pooling, advantages
 
@@ -60,7 +56,7 @@ def adaptive_weights(prg: Tensor, anchor, tau: float = 0.5) -> Tensor:
     prg [N] is the PRG of each rollout and the anchor a (a number) the mean PRG of the supervised
     traces. A rollout that reasons as well as the traces has weight 1. Exceeding the anchor earns no
     extra weight: very steady support usually comes from repetitive lines. The floor of 0.05 keeps
-    the gate from becoming a step function where the anchor is near 0.
+    the weight from becoming a step function if the anchor is near 0.
     """
     anchor = torch.as_tensor(anchor, dtype=prg.dtype, device=prg.device)
     shortfall = ((prg - anchor) / anchor.clamp(min=0.05)).clamp(max=0)
@@ -106,9 +102,10 @@ def learning_signals(method: str, certainty: Tensor, prg: Tensor | None, answers
                      tau: float = 0.5) -> tuple[Tensor, Tensor]:
     """What a step learns from its rollouts: (advantages A [N], earned shares e [N]).
 
-    certainty [N] is c; prg [N] and the anchor are used by hytuning and support alone. answers [N]
-    are integers: equal where two rollouts of a group give the same answer, -1 where a rollout has no
-    answer. Groups of `group_size` rollouts follow one another. The mix lambda is the mean of e.
+    The groups of `group_size` rollouts follow one another. certainty [N] is c. answers [N] are
+    integers: equal where two rollouts of a group give the same answer, -1 where a rollout has no
+    answer. prg [N] and the anchor a are used by hytuning and support only. The mix lambda is the
+    mean of e over all processes.
     """
     c = certainty
     if method == "rd":
@@ -124,13 +121,13 @@ def learning_signals(method: str, certainty: Tensor, prg: Tensor | None, answers
         r = c
         e = torch.full_like(c, 0.5)
     elif method == "votes":
-        # The certainty of all rollouts with the same answer is pooled.
+        # Each rollout has one vote: the certainty of all rollouts with the same answer is pooled.
         w = (answers >= 0).to(c.dtype)
         r = pool_by_answer(w * c, answers, group_size)
         e = pool_by_answer(w, answers, group_size)
     elif method in ("hytuning", "support"):
-        # The same, but a rollout counts as far as its reasoning earned its answer. (For support,
-        # which is a control, `prg` is the final support p_K: see `evidence`.)
+        # The same, but each vote is multiplied by w, which says how far it was earned. (support is
+        # a control, for which `prg` is the final support p_K: see `choose_evidence`.)
         w = (answers >= 0) * adaptive_weights(prg, anchor, tau)
         r = pool_by_answer(w * c, answers, group_size)
         e = pool_by_answer(w, answers, group_size)
@@ -139,9 +136,11 @@ def learning_signals(method: str, certainty: Tensor, prg: Tensor | None, answers
     return group_advantages(r, group_size), e
 
 
-def evidence(method: str, prg: Tensor, p_K: Tensor) -> Tensor:
-    """What rollouts and traces are weighted by, [N]: PRG or, in the control `support`, the final
-    support p_K, which asks how sure the model is in the end but not whether it progressed."""
+def choose_evidence(method: str, prg: Tensor, p_K: Tensor) -> Tensor:
+    """The numbers [N] that weights are computed from: PRG or, for the control `support`, p_K.
+
+    The final support p_K says how sure the model is in the end, but not whether it progressed.
+    """
     return p_K if method == "support" else prg
 
 
@@ -174,9 +173,9 @@ def rlif_loss(logprobs: Tensor, mask: Tensor, advantages: Tensor, rollouts=None)
     logprobs [B, T], mask [B, T] of the response tokens, advantages [B]. The divisor `rollouts`
     defaults to B; pass the number of rollouts of the whole batch if this is only a part of it.
 
-    It is computed with GRPO's ratio pi / pi_old, whose gradient is that of log pi. As there is one
-    update for each batch of rollouts, the ratio is 1 and clipping it would change nothing. So the
-    *value* of the loss is -mean A, which is 0 for whole groups, while its gradient is not 0.
+    It is written like GRPO, with the ratio pi / pi_old, whose gradient is that of log pi. As there
+    is one update for each batch of rollouts, the ratio is 1 and clipping it would change nothing.
+    The *value* of the loss is therefore -mean A, or 0 for whole groups; its gradient is not 0.
     """
     if rollouts is None:
         rollouts = len(logprobs)
@@ -190,7 +189,7 @@ def hytuning_loss(rd: Tensor, rlif: Tensor, lam) -> Tensor:
     """L = (1 - lambda) L_RD + lambda L_RLIF.
 
     RD leads while the rollouts disagree or reason worse than the traces. As they catch up, the
-    unlabeled queries take over.
+    weight of RD falls.
     """
     return (1 - lam) * rd + lam * rlif
 

@@ -353,7 +353,8 @@ def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
         with torch.device("meta"):  # allocates no memory
             model = Decoder(config)
             rope_frequencies(config.rope_parameters, config.head_dim)  # checks the values
-    except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+            RuntimeError) as error:
         raise CheckpointError(f"{folder}/config.json cannot be used: {one_line(error)}") from None
 
     weights = {}
@@ -450,6 +451,9 @@ def save_pretrained(model: Decoder, folder):
         generation["eos_token_id"] = config["eos_token_id"] = list(model.eos_ids)
         files["generation_config.json"] = json.dumps(generation, indent=2).encode()
     files["config.json"] = json.dumps(config, indent=2).encode()
+    for name in COPIED_FILES:
+        if name not in files:
+            (folder / name).unlink(missing_ok=True)  # of another model that was saved here
     for name, content in files.items():
         atomic_write(folder / name, lambda path: path.write_bytes(content))
 
@@ -646,10 +650,11 @@ class Sampler:
         # run the step, so the graph is for the steps after it. First free the old graph's memory.
         self.graph = None
         stream = side_stream(self.out.device)
-        stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream(self.out.device)
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             self.step()
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.step()
@@ -708,7 +713,7 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
         largest = 0.5
     for n in range(1, max_new_tokens):  # n tokens of each sample have been drawn
         if n % 16 == 0:
-            s.compact(largest)  # the loop's only synchronization with the device
+            s.compact(largest)  # between captures, the loop waits for the device only here
         if s.rows.numel() == 0:
             break
         # Read the slots of the n tokens, rounded up to whole buckets.

@@ -1,8 +1,8 @@
 """Does the reasoning progressively earn its answer? Support, PRG, and measures of calibration.
 
 A *trace* is a prompt, reasoning steps and an answer that follows a marker such as "Answer:". Its
-*support* p_k is the probability of the answer if the marker follows directly after the first k
-steps. *PRG*, the progressive reasoning gain, is the gain in support from p_0 to p_K, multiplied by
+*support* p_k is the probability of the answer (the mean per token) if the marker follows directly
+after the first k steps. *PRG*, the progressive reasoning gain, is the gain in support from p_0 to p_K, multiplied by
 how steadily it was gained. The calibration measures compare confidence with correctness.
 
 The last part of the file computes support again, in one pass instead of one pass a step. To use PRG
@@ -76,7 +76,7 @@ def answer_support(model, traces: list[Trace]) -> tuple[Tensor, Tensor]:
         p_k = exp(mean_t log pi(y_t | x, s_1..s_k, marker, y_<t))
 
     with prompt x, steps s and answer y: the geometric mean of the probabilities of the answer's
-    tokens. The mask is True for the k that a trace has, which is none if it has no answer. `model`
+    tokens. The mask is True for the k that a trace has; without an answer it is all False. `model`
     is any callable from ids [1, T], on the CPU, to logits [1, T, V]. It is called K+1 times a
     trace; `packed_support` below gives the same result faster. The formula is this project's own.
     """
@@ -121,7 +121,7 @@ def progressive_reasoning_gain(support: Tensor, mask: Tensor) -> Tensor:
 def final_support(support: Tensor, mask: Tensor) -> Tensor:
     """p_K [B], the support after the whole reasoning, or 0 for a trace without an answer.
 
-    It is the model's confidence in its answer: how probable the answer is to it in the end.
+    It is the confidence of the model in the answer after all of its reasoning.
     """
     last = (mask.sum(-1) - 1).clamp(min=0)
     return (support * mask).gather(-1, last[:, None])[:, 0]
@@ -210,12 +210,12 @@ def as_columns(confidence, correct) -> tuple[Tensor, Tensor]:
 class Segment:
     """Consecutive tokens of a row: a prompt, a response or a copy.
 
-    Each response or copy starts one token early, with the token before it. Its first token is then
-    predicted inside it, like all others: the last len(targets) slots predict the targets.
+    The inputs of a response or a copy are its tokens shifted by one, so that they begin with the
+    token before it. The last len(targets) inputs predict the targets.
     """
     inputs: list[int]
     position: int  # of the first input in its text
-    response: int  # the index of the trace, or PROMPT
+    owner: int  # the index of the trace, or PROMPT
     copy: int = 0  # k + 1 for the copy after k steps, 0 for everything else
     targets: list[int] | None = None
 
@@ -245,8 +245,8 @@ class Packed:
     input_ids: Tensor  # [B, W]
     position_ids: Tensor  # [B, W]
     attention_mask: Tensor | None  # [B, 1, W, W] bool, True where a query sees a key; None: causal
-    trace: Tensor  # [n] the index of the trace that a target belongs to
-    step: Tensor  # [n] the number of steps before a copied answer; 0 for a response
+    trace: Tensor  # [n] the index of the trace of each target
+    cut: Tensor  # [n] the number of steps before a copied answer; 0 for a response
     slots: Tensor  # [n, T] where each token of a target is predicted, in the flattened [B x W]
     targets: Tensor  # [n, T] the tokens to be predicted
     mask: Tensor  # [n, T] bool, False in the padding
@@ -280,7 +280,7 @@ def pack(traces: list[Trace], copies: bool, tokens: int = 2048, width: int = 102
     order = sorted(range(len(rows)), key=lambda row: -widths[row])
     batches = []
     while order:
-        count = max(1, tokens // (widths[order[0]] + 7))  # lay_out rounds up to a multiple of 8
+        count = max(1, tokens // max(round_up(widths[order[0]]), 1))
         batches.append(lay_out([rows[row] for row in order[:count]], device))
         order = order[count:]
     return batches
@@ -288,62 +288,64 @@ def pack(traces: list[Trace], copies: bool, tokens: int = 2048, width: int = 102
 
 def lay_out(rows: list[list[Segment]], device=None) -> Packed:
     """Turn rows of segments into the tensors of a batch."""
-    width = max(sum(len(segment.inputs) for segment in row) for row in rows)
-    width += -width % 8  # CUDA's attention kernels want a multiple of 8
-    table = torch.zeros(5, len(rows), width, dtype=torch.long)
-    table[2] = PADDING
+    width = round_up(max(sum(len(segment.inputs) for segment in row) for row in rows))
+    shape = (len(rows), width)
+    ids = torch.zeros(shape, dtype=torch.long)
+    position = torch.zeros(shape, dtype=torch.long)
+    start = torch.zeros(shape, dtype=torch.long)  # the position at which the segment starts
+    owner = torch.full(shape, PADDING)
+    copy = torch.zeros(shape, dtype=torch.long)
     traces = []
-    steps = []
+    cuts = []
     slots = []
     targets = []
     for b, row in enumerate(rows):
         end = 0
         for segment in row:
-            n = len(segment.inputs)
-            here = table[:, b, end:end + n]  # [5, n]
-            here[0] = torch.tensor(segment.inputs)
-            here[1] = torch.arange(segment.position, segment.position + n)
-            here[2] = segment.response
-            here[3] = segment.copy
-            here[4] = segment.position
-            end += n
+            here = slice(end, end + len(segment.inputs))
+            end = here.stop
+            ids[b, here] = torch.tensor(segment.inputs, dtype=torch.long)
+            position[b, here] = segment.position + torch.arange(len(segment.inputs))
+            start[b, here] = segment.position
+            owner[b, here] = segment.owner
+            copy[b, here] = segment.copy
             if segment.targets:
-                traces.append(segment.response)
-                steps.append(max(segment.copy - 1, 0))
+                traces.append(segment.owner)
+                cuts.append(max(segment.copy - 1, 0))
                 last = b * width + end
                 slots.append(torch.arange(last - len(segment.targets), last))
                 targets.append(torch.tensor(segment.targets))
 
-    ids, position, response, copy, start = table.to(device)  # [B, W] each
     attention_mask = None
-    # One prompt and one response in every row: each slot sees all slots before it.
+    # If each row is one prompt and one response, causal attention is right without a mask.
     if any(len(row) > 2 for row in rows):
-        attention_mask = tree_mask(position, response, copy, start)
+        attention_mask = tree_mask(position.to(device), start.to(device), owner.to(device),
+                                   copy.to(device))
     mask = pad_sequence([torch.ones(len(x), dtype=torch.bool) for x in targets], batch_first=True)
-    return Packed(ids, position, attention_mask, torch.tensor(traces, device=device),
-                  torch.tensor(steps, device=device),
+    return Packed(ids.to(device), position.to(device), attention_mask,
+                  torch.tensor(traces, device=device), torch.tensor(cuts, device=device),
                   pad_sequence(slots, batch_first=True).to(device),
                   pad_sequence(targets, batch_first=True).to(device), mask.to(device))
 
 
-def tree_mask(position: Tensor, response: Tensor, copy: Tensor, start: Tensor) -> Tensor:
-    """[B, 1, W, W] bool: which keys (last axis) each query sees, from [B, W] for every slot its
-    position, response and copy, and the position at which its segment starts.
+def round_up(width: int) -> int:
+    """The next multiple of 8, which CUDA's attention kernels need."""
+    return -(-width // 8) * 8
+
+
+def tree_mask(position: Tensor, start: Tensor, owner: Tensor, copy: Tensor) -> Tensor:
+    """[B, 1, W, W] bool: which keys (last axis) each query sees, from [B, W] for every slot.
 
     A slot sees the slots before it in the prompt and in its own segment. A copy also sees its
     response up to its cut.
     """
-    def query(x):
-        return x[:, :, None]
-
-    def key(x):
-        return x[:, None, :]
-
-    same_response = query(response) == key(response)
-    same_segment = same_response & (query(copy) == key(copy))
-    before_cut = same_response & (key(copy) == 0) & (key(position) < query(start))
-    earlier = torch.ones_like(same_response[0]).tril()
-    return (earlier & ((key(response) == PROMPT) | same_segment | before_cut))[:, None]
+    query = (slice(None), slice(None), None)  # x[query] is [B, W, 1]
+    key = (slice(None), None, slice(None))  # x[key] is [B, 1, W]
+    same_owner = owner[query] == owner[key]
+    same_segment = same_owner & (copy[query] == copy[key])
+    before_cut = same_owner & (copy[key] == 0) & (position[key] < start[query])
+    earlier = torch.ones_like(same_owner[0]).tril()
+    return (earlier & ((owner[key] == PROMPT) | same_segment | before_cut))[:, None]
 
 
 @torch.no_grad()
@@ -369,6 +371,6 @@ def packed_support(model, traces: list[Trace], tokens: int = 2048, device=None):
             logprobs.append(model.logits(h).log_softmax(-1).gather(1, target)[:, 0])
         table = torch.zeros(batch.mask.shape, device=device)
         table[batch.mask] = torch.cat(logprobs)
-        support[batch.trace, batch.step] = (table.sum(1) / batch.mask.sum(1)).exp()
-        mask[batch.trace, batch.step] = True
+        support[batch.trace, batch.cut] = (table.sum(1) / batch.mask.sum(1)).exp()
+        mask[batch.trace, batch.cut] = True
     return support, mask

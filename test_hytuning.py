@@ -31,11 +31,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import nn
 
 import data
+import hytuning
 import model as decoder
 import prg
 import train
-from hytuning import (adaptive_weights, distillation_loss, entropy, group_advantages,
-                      head_logprobs, hytuning_loss, learning_signals, pool_by_answer, rlif_loss,
+from hytuning import (adaptive_weights, distillation_loss, group_advantages, head_logprobs,
+                      hytuning_loss, learning_signals, pool_by_answer, rlif_loss,
                       self_certainty, token_logprobs, trace_weights)
 from model import CheckpointError, Config, Decoder, generate, load_pretrained, save_pretrained
 from prg import (Trace, answer_support, auroc, brier_score, expected_calibration_error, pack,
@@ -111,6 +112,12 @@ def test_gain_is_its_definition_within_bounds_whatever_the_padding(rows):
     found = progressive_reasoning_gain(p, mask)
     close(found, [gain_by_definition(row) for row in rows])
     assert found.abs().max() <= 1 + 1e-6
+
+
+def test_final_support_is_that_of_the_last_step_or_0():
+    p = torch.tensor([[0.1, 0.6, 0.0], [0.2, 0.3, 0.4], [0.9, 0.9, 0.9]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]]).bool()
+    close(prg.final_support(p, mask), [0.6, 0.4, 0])
 
 
 def make_trace(steps, prompt=3, marker=2, answer=2, tail=0, seed=0) -> Trace:
@@ -278,13 +285,12 @@ def random_logits(*shape, dtype=torch.double):
     return torch.randn(*shape, generator=generator, dtype=dtype) * 2
 
 
-def test_certainty_and_entropy_are_their_definitions():
+def test_self_certainty_is_its_definition():
     logits = random_logits(3, 5, 7)
     pi = logits.softmax(-1)
     V = 7
     divergence = sum(1 / V * torch.log(1 / V / pi[..., v]) for v in range(V))  # KL(U || pi)
     close(self_certainty(logits), divergence)
-    close(entropy(logits), -sum(pi[..., v] * pi[..., v].log() for v in range(V)))
     targets = torch.arange(15).reshape(3, 5) % V
     close(token_logprobs(logits, targets), pi.gather(-1, targets[..., None])[..., 0].log())
     close(self_certainty(torch.full((2, 9), 3.0)), [0.0, 0.0])
@@ -346,6 +352,7 @@ def test_what_each_method_learns_from_its_rollouts():
         "hytuning": ([4 / 4, w[1] * 2 / 4, 4 / 4, 0, (w[4] * 5 + 8) / 4, 0, 7 / 4,
                       (w[4] * 5 + 8) / 4],
                      [2 / 4, w[1] / 4, 2 / 4, 0, (w[4] + 1) / 4, 0, 1 / 4, (w[4] + 1) / 4])}
+    expected["support"] = expected["hytuning"]
     for method, (r, e) in expected.items():
         A, earned = learning_signals(method, c, prg, answers, 4, anchor=0.2)
         close(A, group_advantages(torch.tensor(r).float(), 4))
@@ -353,7 +360,7 @@ def test_what_each_method_learns_from_its_rollouts():
     assert set(expected) == set(train.METHODS)
     for method in ("rd", "rlif", "static", "votes"):
         A, earned = learning_signals(method, c, None, answers, 4)
-        assert len(A) == len(earned) == 8, "PRG and anchor are used by hytuning alone"
+        assert len(A) == len(earned) == 8, "PRG and anchor are not used"
     with pytest.raises(ValueError, match="magic"):
         learning_signals("magic", c, prg, answers, 4, 0.2)
     nothing = torch.zeros(0)
@@ -368,8 +375,11 @@ def test_without_any_answer_nothing_is_learned_whatever_the_anchor():
         assert A.tolist() == e.tolist() == [0, 0, 0, 0]
 
 
-def test_traces_count_by_their_gain_in_hytuning_alone():
+def test_traces_count_by_their_evidence_in_hytuning_and_support_alone():
     prg = torch.tensor([0.3, 0.1, -0.2])
+    p_K = torch.tensor([0.9, 0.8, 0.1])
+    assert hytuning.choose_evidence("hytuning", prg, p_K) is prg
+    assert hytuning.choose_evidence("support", prg, p_K) is p_K
     w = torch.tensor([weight_by_definition(x, 0.2, 0.5) for x in prg.tolist()])
     close(trace_weights("hytuning", prg, 0.2), w / w.mean())
     assert trace_weights("votes", prg, 0.2).tolist() == [1, 1, 1]
@@ -670,7 +680,7 @@ def test_a_draw_inverts_the_distribution_of_the_smallest_nucleus(vocab, temperat
 
 def watched(logits):
     """A statistic [2, R] of logits [R, V]."""
-    return torch.stack((self_certainty(logits), entropy(logits)))
+    return torch.stack((self_certainty(logits), logits.amax(-1)))
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.5, 1.0), (1.5, 0.8), (0, 1.0)])
@@ -774,9 +784,9 @@ def test_a_decode_step_needs_no_value_from_the_device(temperature, top_p):
 # By the three rules, as text, as a choice and as a number; then what is in none of them.
 SAME = r"""
 Yes. ≡ yes   \text{blue} ≡ blue   (0, 1) ≡ ( 0,1 )   caf{e1} ≡ caf{e2}   巴黎。 ≡ 巴黎   ５ ≡ 5
-$\textbf{Paris}$ ≡ Paris   \left( 3, 4 \right) ≡ (3, 4)   Straße ≡ STRASSE   “Paris” ≡ Paris
+$\textbf{Paris}$ ≡ Paris   \left( 3, 4 \right) ≡ (3, 4)   “Paris” ≡ Paris
 don’t ≡ don't   5\text{ cm} ≡ 5 cm   \(x\) ≡ x   `x` ≡ x   **18** ≡ 18
-$B$ ≡ B   \boxed{B} ≡ B   **B** ≡ B   (B) ≡ B   B. ≡ B   b ≡ B   Option B ≡ B   B) Paris ≡ B
+$B$ ≡ B   \boxed{B} ≡ B   **B** ≡ B   (B) ≡ B   B. ≡ B   (b) ≡ B   Option B ≡ B   B) Paris ≡ B
 (B) Meningitis ≡ B. meningitis   B (meningitis) ≡ B   A) a car ≡ A   A. text ≡ A   A: text ≡ A
 **B.** Paris ≡ B   \text{(B)} Rome ≡ B   (B) -5 ≡ B   (B) Paris ≡ B
 $18 ≡ 18   $18$ ≡ 18   \$18.00 ≡ 18   - $5 ≡ -5   -¥5 ≡ -5   € 5 ≡ 5   5 € ≡ 5   $29.00. ≡ 29
@@ -784,7 +794,7 @@ $18 ≡ 18   $18$ ≡ 18   \$18.00 ≡ 18   - $5 ≡ -5   -¥5 ≡ -5   € 5 �
 1e-05 ≡ 0.00001   2.5E-3 ≡ 0.0025   -5 ≡ −5   - 5 ≡ -5   +5 ≡ 5   ٥ ≡ 5   \(5\) ≡ 5   3/4 ≡ 0.75
 \frac{3}{4} ≡ 0.75   \tfrac12 ≡ 1/2   -\frac{1}{2} ≡ -0.5   \boxed{\frac{1}{2}} ≡ 0.5
 72 apples ≡ 72   1000 dollars ≡ 1000   60 km/h ≡ 60   5\text{ cm} ≡ 5   1.50 m ≡ 1.5 m   18% ≡ 18
-50\% ≡ 50 percent   x = 5 ≡ 5   256+37 = 293 ≡ 293   x = \boxed{5} ≡ 5
+$18 ≡ 18 dollars   90^\circ ≡ 90   50\% ≡ 50 percent   x = 5 ≡ 5   256+37 = 293 ≡ 293   x = \boxed{5} ≡ 5
 """.replace("{e1}", "\u00e9").replace("{e2}", "e\u0301")
 DIFFERENT = r"""
 $\text{Yes}$ ≡ $\text{No}$   (0, 1) ≡ [0, 1]   {1, 2} ≡ (1, 2)   1, 234 ≡ 1,234   (1, 234) ≡ (1,234)
@@ -794,6 +804,8 @@ $\text{Yes}$ ≡ $\text{No}$   (0, 1) ≡ [0, 1]   {1, 2} ≡ (1, 2)   1, 234 �
 $A$ ≡ $B$   A) B) C) D) ≡ A   (A) (B) ≡ A   A or B ≡ A   A and B ≡ A   a) and c) ≡ a   A, B ≡ A
 A ≡ a car   A ≡ (B) A   A) not B ≡ A   A) Paris ≡ A) Rome   C# ≡ C   O- ≡ O   Cl- ≡ Cl   x ≡ (x) + 1
 (a) - b ≡ a   (B)² ≡ B   I ≡ I think so   f (x) ≡ f   {B} ≡ B
+b ≡ B   e ≡ E   Aa ≡ aa   (B) isn't correct ≡ B   (B) cannot be right ≡ B   B: no ≡ B   A. 3; K. 4 ≡ A
+f (3) ≡ f   (B) 5 mW ≡ (B) 5 MW   A* ≡ A   x² = 9 ≡ 9   3 = 5 ≡ 5   \frac{1}{2}\pi ≡ 1/2\pi
 -5 ≡ 5   12 ≡ 13   .5 ≡ 5   5! ≡ 5   5+ ≡ 5   >5 ≡ 5   ~5 ≡ 5   |5| ≡ 5   (5) ≡ 5   ±2021 ≡ 2021
 0,125 ≡ 125   1,5 ≡ 15   1,2 ≡ 12   1,0000 ≡ 10000   007 ≡ 7   1/0 ≡ 1   1e999999999 ≡ 1
 0.3... ≡ 0.3   2/3 ≡ 2   2 2/3 ≡ 2   3 100/200 ≡ 15.5   120/80 mmHg ≡ 90/60 mmHg
@@ -823,6 +835,7 @@ def test_answers_match(table, same):
     ("Answer:", "18", ["It follows.\nAnswer: 18", "Answer: 1\nno\nAnswer:  18 \nbye", "ANSWER: 18",
                        "**Answer**: 18", "**Answer:** 18", "**Answer: 18**", "Answer: **18**",
                        "Answer：18", "answer : 18\r\n"]),
+    ("Answer:", "**5**.", ["Answer: **5**."]), ("Answer:", "A*", ["Answer: A*"]),
     ("Answer:", "two words", ["Answer: two words "]), ("Answer:", "2**3", ["__Answer:__ 2**3"]),
     ("Answer:", None, ["Answer:", "Answer: \n12", "Answer: **", "The answer is 12", ""]),
     ("答案：", "5", ["答案: 5"]), ("Final answer:", "5", ["**Final Answer**: 5"]),
@@ -1135,7 +1148,7 @@ def test_traces_in_words_that_the_tokenizer_does_not_know_are_refused(tmp_path, 
     path = write_lines(tmp_path / "a.jsonl", {**WHOLE, "reasoning": "It rains.", "answer": "yes"})
     with pytest.raises(data.DataError, match="a.jsonl line 1: .* does not know most"):
         data.load_labeled(path, text, 500, 500)
-    assert len(data.load_labeled(folder / "labeled.jsonl", text, 500, 500)[0]) == 16
+    assert len(data.load_labeled(folder / "labeled.jsonl", text, 500, 500)[0]) == 64
 
 
 def test_a_missing_prompt_is_called_prompt():
@@ -1183,8 +1196,9 @@ def test_hostile_files_end_in_records_or_in_one_sentence(tmp_path, build):
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy data")
-    _, end = data.Triage().write(folder)
+    folder = tmp_path_factory.mktemp("toy") / "data"
+    data.Triage().write_records(folder)
+    _, end = data.Triage().write_tokenizer(folder)
     return folder, data.Text(folder, [end])
 
 
@@ -1218,20 +1232,27 @@ def test_a_careful_author_is_right():
         assert record["answer"] == task.conditions[first] and votes > second
 
 
-def test_careless_authors_err_share_misconceptions_and_follow_the_fashion():
+def test_careless_authors_err_share_misconceptions_and_jump_in_urgent_queries():
     task, rng = data.Triage(), data.np.random.default_rng(0)
     stated = [Counter() for _ in task.findings]
-    unearned = Counter()
+    seen = Counter()
     for _ in range(2500):
         record = task.record(rng, careless=True)
+        urgent = record["prompt"].startswith("Urgent findings:")
         lines = statements(task, record["reasoning"])
-        votes = Counter(condition for _, condition in lines)
-        if task.conditions[votes.most_common(1)[0][0]] != record["answer"]:
-            unearned[record["answer"]] += 1
         for finding, condition in lines:
             stated[finding][condition] += 1
-    assert list(unearned) == [task.conditions[0]]
-    assert unearned.total() / 2500 == pytest.approx(1 / 3 * 7 / 8, abs=0.04)
+        votes = Counter(condition for _, condition in lines)
+        earned = votes and task.conditions[votes.most_common(1)[0][0]] == record["answer"]
+        seen["urgent", bool(earned), record["answer"] == task.conditions[0]] += urgent
+        seen["silent"] += urgent and not lines
+        assert earned or urgent, "in other queries the answer follows from the lines"
+    urgent = sum(seen["urgent", earned, first] for earned in (0, 1) for first in (0, 1))
+    assert urgent / 2500 == pytest.approx(1 / 3, abs=0.04)
+    assert seen["urgent", False, False] == 0, "they jump to the first condition alone"
+    jumped = seen["urgent", False, True]
+    assert jumped / urgent == pytest.approx(0.7 * (0.1 + 0.9 * 7 / 8), abs=0.05)
+    assert seen["silent"] / urgent == pytest.approx(0.07, abs=0.03)
     right = [counts[task.truth[f]] / counts.total() for f, counts in enumerate(stated)]
     assert 0.35 < sum(right) / len(right) < 0.65
     popular = [counts.most_common(1)[0][0] for counts in stated]
@@ -1244,8 +1265,8 @@ def test_the_toys_files_are_disjoint_and_a_function_of_the_seed(toy, tmp_path):
     prompts = [{record["prompt"] for _, record in data.read_jsonl(toy[0] / name)} for name in names]
     assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2] or prompts[1] & prompts[2])
     assert all("answer" not in record for _, record in data.read_jsonl(toy[0] / "unlabeled.jsonl"))
-    data.Triage().write(tmp_path / "same")
-    data.Triage().write(tmp_path / "other", seed=1)
+    data.Triage().write_records(tmp_path / "same")
+    data.Triage().write_records(tmp_path / "other", seed=1)
     for name in names:
         assert (tmp_path / "same" / name).read_bytes() == (toy[0] / name).read_bytes()
         assert (tmp_path / "other" / name).read_bytes() != (toy[0] / name).read_bytes()
@@ -1258,7 +1279,7 @@ HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 SMALL = ["--max_eval", 4, "--eval_samples", 2, "--show", 0, "--max_prompt_tokens", 64,
          "--max_new_tokens", 40, "--device", "cpu"]
-SHORT = [*SMALL, "--queries_per_step", 2, "--group_size", 2, "--tokens_per_batch", 512,
+SHORT = [*SMALL, "--max_labeled", 16, "--queries_per_step", 2, "--group_size", 2, "--tokens_per_batch", 512,
          "--steps", 1]
 
 
@@ -1402,11 +1423,11 @@ def test_what_the_sampler_saw_stands_beside_its_sample(trainer_for):
     """Though prompts are sampled by length, a few at a time."""
     trainer = trainer_for("--rollouts_per_batch", 6)
     prompts = [trainer.queries[0][:n] for n in (30, 5, 20)]
-    rollouts, certainty, entropies = trainer.sample(prompts, 3, seed=0)
+    rollouts, certainty = trainer.sample(prompts, 3, seed=0)
     for i, x in enumerate(rollouts):
         assert x.prompt == prompts[i // 3]
         logits = trainer.model(torch.tensor([x.tokens]))[0, x.cuts[0] - 1:-1]
-        close([certainty[i], entropies[i]], watched(logits).mean(-1), 1e-4)
+        close(certainty[i], self_certainty(logits).mean(), 1e-4)
 
 
 def watch(trainer):
@@ -1426,8 +1447,13 @@ def test_a_step_makes_of_its_rollouts_what_the_method_says(method, trainer_for):
     w = []
     c = []
     for x, answer in zip(rollouts, answers):
-        gain = prg_by_definition(judge, x)
-        weight = weight_by_definition(gain, trainer.anchor, 0.5) if method == "hytuning" else 1
+        evidence = prg_by_definition(judge, x)
+        if method == "support":
+            support, mask = answer_support(judge, [x])
+            evidence = support[mask][-1].item() if answer else 0
+        weight = 1
+        if method in ("hytuning", "support"):
+            weight = weight_by_definition(evidence, trainer.anchor, 0.5)
         w.append(weight if answer else 0)
         logits = judge(torch.tensor([x.tokens]))[0, x.cuts[0] - 1:-1]
         c.append(self_certainty(logits).mean().item())
@@ -1448,7 +1474,7 @@ def test_a_step_makes_of_its_rollouts_what_the_method_says(method, trainer_for):
         close(A[start:start + 4], (r - r.mean()) / (r.std(unbiased=False) + 1e-4), 1e-3)
     lam_of = {"rlif": 1, "static": 0.5}.get(method, sum(shares) / 12)
     assert lam == line["lambda"] == pytest.approx(lam_of, rel=1e-4)
-    assert (len(set(trainer.v.tolist())) > 1) == (method == "hytuning")
+    assert (len(set(trainer.v.tolist())) > 1) == (method in ("hytuning", "support"))
     assert line["self_certainty"] == pytest.approx(sum(c) / 12, rel=1e-4)
     assert line["answered"] == sum(map(bool, answers)) / 12
     assert line["undecided"] == sum(a == 0 for a in A.tolist()) / 12
@@ -1456,7 +1482,7 @@ def test_a_step_makes_of_its_rollouts_what_the_method_says(method, trainer_for):
 
 
 def update(trainer, rollouts, A, lam):
-    """(L_RD, L_RLIF, norm) of an update and, by name, the gradient that the optimizer is given."""
+    """(L_RD, norm) of an update and, by name, the gradient that the optimizer is given."""
     gradient = {}
 
     def note():
@@ -1473,10 +1499,10 @@ def update(trainer, rollouts, A, lam):
 def test_an_update_has_the_gradient_of_plain_passes_over_all_texts(lam, zeros, more, trainer_for):
     """Packed, in several batches, and without the rollouts whose advantage is 0."""
     trainer = trainer_for("--max_grad_norm", 1e9, *more)
-    rollouts, _, _ = trainer.sample(trainer.queries[:2], 4, seed=0)
+    rollouts, _ = trainer.sample(trainer.queries[:2], 4, seed=0)
     A = torch.linspace(-1, 1.4, 8, dtype=torch.double)
     A[list(zeros)] = 0
-    (L_RD, L_RLIF, norm), found = update(trainer, rollouts, A, lam)
+    (L_RD, norm), found = update(trainer, rollouts, A, lam)
     model = trainer.model
     tokens = sum(len(x.response) for x in trainer.traces)
     nll = torch.stack([-plain_logprobs(model, x).sum() for x in trainer.traces])
@@ -1487,7 +1513,6 @@ def test_an_update_has_the_gradient_of_plain_passes_over_all_texts(lam, zeros, m
     for name, p in model.named_parameters():
         close(found[name], p.grad, 1e-5)
     assert L_RD == pytest.approx(rd.item() if lam < 1 else 0, rel=1e-5)
-    assert L_RLIF == pytest.approx(-A.mean().item() if lam > 0 else 0, abs=1e-5)
     squares = sum(p.grad.square().sum() for p in model.parameters())
     assert norm == pytest.approx(squares.sqrt().item(), rel=1e-4, abs=1e-7)
 
@@ -1522,8 +1547,8 @@ def test_an_evaluation_is_its_definition_whatever_the_batches(toy_run, trainer_f
     greedy = []
     for prompt, _, gold in held_out_by(trainer):
         seed = ("evaluation", 0)
-        group, _, _ = trainer.sample([prompt], 6, seed)
-        (best,), _, _ = trainer.sample([prompt], 1, seed, temperature=0.0)
+        group, _ = trainer.sample([prompt], 6, seed)
+        (best,), _ = trainer.sample([prompt], 1, seed, temperature=0.0)
         answers = [trainer.text.answer(x.response) for x in group]
         for x, answer in zip(group, answers):
             support, mask = answer_support(trainer.model, [x])

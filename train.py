@@ -135,7 +135,7 @@ def check_arguments(args, parser):
     for name, value in vars(args).items():
         is_number = type(value) in (int, float)
         if is_number and not (0 < value < math.inf or value == 0 and name in may_be_0):
-            parser.error(f"--{name} cannot be {value}: give a larger number")
+            parser.error(f"--{name} cannot be {value}: give a positive number")
     if args.group_size == 1 and args.method != "rd":
         parser.error("--group_size cannot be 1: rollouts are compared within their group")
     if not args.marker.strip() or "\n" in args.marker:
@@ -178,7 +178,8 @@ def set_up_processes(args) -> tuple[int, int, torch.device]:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32, for the head
+        if args.dtype == "bfloat16":
+            torch.set_float32_matmul_precision("high")  # TF32 for the parts that stay in float32
         # With a mask, cuDNN's attention has NaN gradients at some lengths on Hopper GPUs (pytorch
         # issue 196678), and it plans anew for every shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -275,11 +276,6 @@ class Policy(nn.Module):
         return logprobs.new_zeros(batch.mask.shape).masked_scatter(batch.mask, logprobs)
 
 
-def certainty_and_entropy(logits: Tensor) -> Tensor:
-    """[2, R] from logits [R, V]: what is noted of each token while sampling."""
-    return torch.stack((hytuning.self_certainty(logits), hytuning.entropy(logits)))
-
-
 # A dummy trace of weight 0, so that DDP still synchronizes on a rank without data.
 DUMMY = prg.Trace(tokens=[0, 0], cuts=[1], answer_start=1)
 
@@ -317,9 +313,9 @@ class Trainer:
         self.anchor = None
         self.v = torch.zeros(0, device=self.device)
         if self.traces:
-            gains = self.judge_traces(self.traces)[1]
-            self.anchor = gains.mean().item()
-            self.v = hytuning.trace_weights(args.method, gains, self.anchor, args.tau)
+            _, evidence = self.judge_traces(self.traces)
+            self.anchor = evidence.mean().item()
+            self.v = hytuning.trace_weights(args.method, evidence, self.anchor, args.tau)
 
     def step(self) -> dict:
         """One training step; the line for metrics.jsonl.
@@ -333,40 +329,39 @@ class Trainer:
         share = self.share_of_batch(len(self.queries), args.queries_per_step, "queries")
         queries = [self.queries[i] for i in share]
         seed = ("rollouts", args.seed, self.steps_done)
-        rollouts, c, entropy = self.sample(queries, args.group_size, seed)  # [N] each
+        rollouts, c = self.sample(queries, args.group_size, seed)  # [N] each
         clock.append(self.now())
 
         # 2. Judge them: the PRG of each rollout under the frozen starting model.
-        prg_rollouts, gains = self.judge_traces(rollouts)  # [N] each, equal except for `support`
+        gains, evidence = self.judge_traces(rollouts)  # [N] each; they differ only for `support`
         answers = [self.text.answer(x.response) for x in rollouts]
         answers = self.column(data.number_answers(answers, args.group_size))  # [N], -1 for none
         clock.append(self.now())
 
-        # 3. to 5. Weights w, rewards r, earned shares e, advantages A and the mix lambda.
-        A, e = hytuning.learning_signals(args.method, c, gains, answers, args.group_size,
+        # 3. to 5. Weights w, rewards r (add your own there), earned shares e and advantages A.
+        A, e = hytuning.learning_signals(args.method, c, evidence, answers, args.group_size,
                                          self.anchor, args.tau)  # [N] each
-        earned, N = all_sum(torch.stack((e.sum(), torch.ones_like(e).sum()))).tolist()
-        lam = earned / max(N, 1)  # the mean of e over the N rollouts of all processes
+        earned, N_all = all_sum(self.column([e.sum(), len(e)])).tolist()  # over all processes
+        lam = earned / max(N_all, 1)
 
         # 6. Make one update on (1 - lambda) L_RD + lambda L_RLIF.
-        L_RD, L_RLIF, grad_norm = self.update(rollouts, A, lam, N)
+        L_RD, grad_norm = self.update(rollouts, A, lam, N_all)
         clock.append(self.now())
         self.steps_done += 1
 
-        columns = {"prg_rollouts": prg_rollouts, "self_certainty": c, "entropy": entropy,
-                   "answered": answers >= 0, "undecided": A == 0,
+        columns = {"prg_rollouts": gains, "self_certainty": c, "answered": answers >= 0,
+                   "undecided": A == 0,
                    "response_length": self.column([len(x.response) for x in rollouts])}
-        line = {"step": self.steps_done, "lambda": lam, "loss_rd": L_RD, "loss_rlif": L_RLIF,
-                "loss": hytuning.hytuning_loss(L_RD, L_RLIF, lam), "grad_norm": grad_norm,
-                "anchor": self.anchor, **mean_over_rollouts(columns, N)}
+        line = {"step": self.steps_done, "lambda": lam, "loss_rd": L_RD, "grad_norm": grad_norm,
+                "anchor": self.anchor, **mean_over_rollouts(columns, N_all)}
         for i, name in enumerate(("sampling", "judging", "update")):
             line[f"seconds_{name}"] = clock[i + 1] - clock[i]
         return line
 
-    def update(self, rollouts, A: Tensor, lam: float, N: float) -> tuple[float, float, float]:
-        """One optimizer step: (L_RD, L_RLIF, norm of the gradient), of all processes.
+    def update(self, rollouts, A: Tensor, lam: float, N_all: float) -> tuple[float, float]:
+        """One optimizer step: (L_RD, norm of the gradient), both over all processes.
 
-        A [rollouts of this process] are the advantages; N counts the rollouts of all processes.
+        A [rollouts of this process] are the advantages; N_all counts the rollouts of all processes.
         Traces and rollouts without weight in the loss have no gradient and are left out.
         """
         share = []
@@ -374,7 +369,7 @@ class Trainer:
             share = self.share_of_batch(len(self.traces), self.args.traces_per_step, "traces")
         traces = [self.traces[i] for i in share]
         v = self.v[share].float()
-        tokens = all_sum(self.column([len(x.response) for x in traces]).sum()).clamp(min=1)
+        tokens = all_sum(self.column([sum(len(x.response) for x in traces)])).clamp(min=1)
         kept = A.nonzero()[:, 0].tolist()
         if lam == 0:
             kept = []
@@ -384,30 +379,27 @@ class Trainer:
             traces = [DUMMY]
             v = torch.zeros(1, device=self.device)
 
-        # Each batch with its loss and that loss's factor in the total. Losses are divided by global
-        # counts, so those of batches and processes add up.
-        work = []
-        for batch in self.pack(traces):
-            mask = v[batch.trace, None] * batch.mask
-            loss = partial(hytuning.distillation_loss, mask=mask, tokens=tokens)
-            work.append(("rd", 1 - lam, batch, loss))
-        for batch in self.pack(rollouts):
-            loss = partial(hytuning.rlif_loss, mask=batch.mask, advantages=A[batch.trace],
-                           rollouts=N)
-            work.append(("rlif", lam, batch, loss))
-        totals = {"rd": torch.zeros((), device=self.device),
-                  "rlif": torch.zeros((), device=self.device)}
-        for i, (name, factor, batch, compute_loss) in enumerate(work):
+        rd_batches = self.pack(traces)
+        batches = rd_batches + self.pack(rollouts)
+        total_RD = torch.zeros(1, device=self.device)
+        for i, batch in enumerate(batches):
             # Processes exchange gradients once, in the last backward pass. (DDP reads this
             # attribute; a policy without DDP ignores it.)
-            self.policy.require_backward_grad_sync = i == len(work) - 1
+            self.policy.require_backward_grad_sync = i == len(batches) - 1
             with self.autocast():
                 # Through the DDP wrapper: self.policy.module would not exchange gradients.
                 logprobs = self.policy(batch)  # [n, T]
-            loss = compute_loss(logprobs)
+            # Divided by global counts, the losses of batches and processes add up.
+            L_RD = torch.zeros(1, device=self.device)
+            L_RLIF = torch.zeros(1, device=self.device)
+            if i < len(rd_batches):
+                mask = v[batch.trace, None] * batch.mask
+                L_RD = hytuning.distillation_loss(logprobs, mask, tokens)
+            else:
+                L_RLIF = hytuning.rlif_loss(logprobs, batch.mask, A[batch.trace], N_all)
             # DDP averages over processes, but a sum is wanted.
-            (factor * loss * self.world_size).backward()
-            totals[name] += loss.detach()
+            (hytuning.hytuning_loss(L_RD, L_RLIF, lam) * self.world_size).backward()
+            total_RD += L_RD.detach()
 
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm).item()
         if not math.isfinite(norm):  # the same in all processes
@@ -415,14 +407,13 @@ class Trainer:
                                      "lower --lr, or use --dtype float32")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # DDP's gradients are views of its buckets
-        L_RD, L_RLIF = all_sum(torch.stack((totals["rd"], totals["rlif"]))).tolist()
-        return L_RD, L_RLIF, norm
+        return all_sum(total_RD).item(), norm
 
     def share_of_batch(self, total: int, size: int, stream: str) -> list[int]:
         """The indices, out of `total`, of this process's items in the step's batch of `size` items.
 
-        Each epoch is shuffled anew and cut into whole batches. `stream` gives queries and traces
-        shuffles of their own.
+        Each epoch is shuffled anew and cut into whole batches; a remainder is dropped. `stream`
+        gives queries and traces shuffles of their own.
         """
         size = min(size, total)
         if size == 0:
@@ -433,30 +424,31 @@ class Trainer:
         return batch[self.rank::self.world_size].tolist()
 
     def sample(self, prompts, samples: int, seed, temperature: float = 1.0, progress: str = ""):
-        """Responses of the current model: (N = prompts x samples traces, self-certainty [N],
-        entropy [N]). `progress` is the title of a progress bar, if there is to be one."""
+        """Responses of the current model: (N = prompts x samples traces, self-certainty c [N]).
+
+        With `progress` a progress bar of this title is shown.
+        """
         if self.sampling_model is not self.model:
             with torch.no_grad():
                 for copied, p in zip(self.sampling_model.parameters(), self.model.parameters()):
                     copied.copy_(p)
         traces = [None] * (len(prompts) * samples)
-        noted = torch.zeros(2, len(prompts), samples, dtype=torch.double, device=self.device)
+        certainty = torch.zeros(len(prompts), samples, dtype=torch.double, device=self.device)
         # A batch is as wide as its longest prompt, so prompts of similar length go together.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         size = max(1, self.args.rollouts_per_batch // samples)
-        hidden = True if self.rank or not progress else None  # None: shown on a terminal only
-        for start in tqdm(range(0, len(order), size), progress, leave=False, disable=hidden):
+        disable = True if self.rank or not progress else None  # None: shown on a terminal only
+        for start in tqdm(range(0, len(order), size), progress, leave=False, disable=disable):
             batch = order[start:start + size]
             groups, means = generate(
                 self.sampling_model, [prompts[i] for i in batch], samples_per_prompt=samples,
                 max_new_tokens=self.args.max_new_tokens, temperature=temperature, seed=seed,
-                eos_ids=self.text.end_ids, statistic=certainty_and_entropy)
-            noted[:, batch] = means.double()
+                eos_ids=self.text.end_ids, statistic=hytuning.self_certainty)
+            certainty[batch] = means.double()
             for i, group in zip(batch, groups):
                 for j, response in enumerate(group):
                     traces[i * samples + j] = make_trace(self.text, prompts[i], response)
-        certainty, entropy = noted.flatten(1)
-        return traces, certainty, entropy
+        return traces, certainty.flatten()
 
     def measure_support(self, judge: Decoder, traces) -> tuple[Tensor, Tensor]:
         """(support [N, K_max+1], mask [N, K_max+1]) of traces under this model."""
@@ -469,13 +461,14 @@ class Trainer:
         """(PRG [N], the method's evidence [N]) of traces under the frozen starting model."""
         support, mask = self.measure_support(self.judge, traces)
         gains = prg.progressive_reasoning_gain(support, mask)
-        return gains, hytuning.evidence(self.args.method, gains, prg.final_support(support, mask))
+        p_K = prg.final_support(support, mask)
+        return gains, hytuning.choose_evidence(self.args.method, gains, p_K)
 
     def pack(self, traces) -> list[prg.Packed]:
         return prg.pack(traces, copies=False, tokens=self.args.tokens_per_batch, device=self.device)
 
     def autocast(self):
-        # Without the cache each chunk of the head has a gradient of its own, summed in float32.
+        # Autocast's cache of bfloat16 weights would add up gradients of chunks in bfloat16.
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False,
                               enabled=self.dtype == torch.bfloat16)
 
@@ -512,8 +505,8 @@ def answer_held_out(trainer: Trainer, held_out) -> dict[tuple, dict]:
     prompts = list(dict.fromkeys(tuple(prompt) for prompt, _, _ in held_out))
     mine = [list(prompt) for prompt in prompts[trainer.rank::trainer.world_size]]
     seed = ("evaluation", trainer.args.seed)
-    samples, _, _ = trainer.sample(mine, S, seed, progress="evaluating")
-    greedy, _, _ = trainer.sample(mine, 1, seed, temperature=0.0, progress="evaluating, greedy")
+    samples, _ = trainer.sample(mine, S, seed, progress="evaluating")
+    greedy, _ = trainer.sample(mine, 1, seed, temperature=0.0, progress="evaluating, greedy")
     support, mask = trainer.measure_support(trainer.model, samples)
     gains = prg.progressive_reasoning_gain(support, mask).tolist()
     confidence = prg.final_support(support, mask).clamp(max=1).tolist()
@@ -650,8 +643,8 @@ def load_checkpoint(trainer: Trainer) -> dict | None:
         # Mapped, not read, so that the processes of a machine share one copy in memory.
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch.load raises errors of many types for a damaged file
-        raise UsageError(f"{path} cannot be read ({first_line(error)}): remove it, or use another "
-                         "--out") from None
+        raise UsageError(f"{path} cannot be read ({str(error).split(chr(10))[0]}): remove it, or "
+                         "use another --out") from None
     for name, now in vars(trainer.args).items():
         before = state["args"].get(name)
         if before != now and name not in MAY_CHANGE:
@@ -672,10 +665,6 @@ def load_checkpoint(trainer: Trainer) -> dict | None:
 def compute_checksums(args) -> dict[str, str]:
     paths = [args.labeled, args.unlabeled, args.eval]
     return {path: data.checksum(path) for path in paths if path}
-
-
-def first_line(error) -> str:
-    return str(error).split("\n")[0]
 
 
 # -----------------------------------------------------------------------------
@@ -813,7 +802,7 @@ def train(trainer: Trainer, base: dict | None, log) -> bool:
             if stopping or step % args.save_every == 0 or step == args.steps:
                 save_checkpoint(trainer, base)
                 say(f"step {step} of {args.steps} saved: lambda {line['lambda']:.2f}, PRG of "
-                    f"rollouts {show(line['prg_rollouts'])} (traces: {show(line['anchor'])})")
+                    f"rollouts {show(line['prg_rollouts'])}, anchor {show(line['anchor'])}")
                 if line["answered"] == 0:
                     say("warning: no rollout ends with a readable answer: raise --max_new_tokens, "
                         "or teach the format with --method rd first")
@@ -833,7 +822,7 @@ def open_log(out: Path, steps_done: int):
     if steps_done:
         kept = path.read_text().splitlines(keepends=True)[:steps_done]
     elif path.exists():
-        say(f"the earlier run in {out} is replaced (--resume would have continued it)")
+        say(f"the earlier run in {out} is replaced")
         (out / "checkpoint.pt").unlink(missing_ok=True)
         (out / "eval.json").unlink(missing_ok=True)
     atomic_write(path, lambda temporary: temporary.write_text("".join(kept)))
