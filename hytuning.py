@@ -11,8 +11,12 @@ running over the rollouts to the same query that give the same answer:
     e_j = (1/G) sum_{i~j} w_i                                    earned share: weighted votes
     A_j = (r_j - mean of the group) / std of the group           advantage
 
-    lambda = mean of e over all rollouts
-    L      = (1 - lambda) L_RD + lambda L_RLIF                   loss
+    lambda_q = mean of e over the group of query q               share of RLIF for this query
+    lambda   = mean of lambda_q over all queries                 share of RLIF in all
+    A_j      is multiplied by lambda_q / lambda
+    L        = (1 - lambda) L_RD + lambda L_RLIF                 loss
+
+Each query counts for RLIF as much as its rollouts have earned; what is left goes to RD.
 
 PRG (see prg.py) measures how far the reasoning earned the answer, and the anchor a is the mean PRG
 of the supervised traces. The traces are weighted in the same way, since they may also be wrong:
@@ -105,7 +109,7 @@ def learning_signals(method: str, certainty: Tensor, prg: Tensor | None, answers
     The groups of `group_size` rollouts follow one another. certainty [N] is c. answers [N] are
     integers: equal where two rollouts of a group give the same answer, -1 where a rollout has no
     answer. prg [N] and the anchor a are used by hytuning and support only. The mix lambda is the
-    mean of e over all processes.
+    mean of e over all processes; `weigh_queries` then makes use of it.
     """
     c = certainty
     if method == "rd":
@@ -134,6 +138,16 @@ def learning_signals(method: str, certainty: Tensor, prg: Tensor | None, answers
     else:
         raise ValueError(f"there is no method {method!r}")
     return group_advantages(r, group_size), e
+
+
+def weigh_queries(advantages: Tensor, earned: Tensor, lam: float, group_size: int) -> Tensor:
+    """A_j lambda_q / lambda [N], where lambda_q is the mean of the earned shares of a group.
+
+    Advantages are divided by the standard deviation of their group. Without this factor a group in
+    which little was earned would push as hard as one in which much was.
+    """
+    lam_q = earned.view(-1, group_size).mean(1).repeat_interleave(group_size)
+    return advantages * lam_q / max(lam, 1e-9)
 
 
 def choose_evidence(method: str, prg: Tensor, p_K: Tensor) -> Tensor:

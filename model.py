@@ -451,9 +451,6 @@ def save_pretrained(model: Decoder, folder):
         generation["eos_token_id"] = config["eos_token_id"] = list(model.eos_ids)
         files["generation_config.json"] = json.dumps(generation, indent=2).encode()
     files["config.json"] = json.dumps(config, indent=2).encode()
-    for name in COPIED_FILES:
-        if name not in files:
-            (folder / name).unlink(missing_ok=True)  # of another model that was saved here
     for name, content in files.items():
         atomic_write(folder / name, lambda path: path.write_bytes(content))
 

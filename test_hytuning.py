@@ -37,7 +37,7 @@ import prg
 import train
 from hytuning import (adaptive_weights, distillation_loss, group_advantages, head_logprobs,
                       hytuning_loss, learning_signals, pool_by_answer, rlif_loss,
-                      self_certainty, token_logprobs, trace_weights)
+                      self_certainty, token_logprobs, trace_weights, weigh_queries)
 from model import CheckpointError, Config, Decoder, generate, load_pretrained, save_pretrained
 from prg import (Trace, answer_support, auroc, brier_score, expected_calibration_error, pack,
                  packed_support, progressive_reasoning_gain)
@@ -365,6 +365,14 @@ def test_what_each_method_learns_from_its_rollouts():
         learning_signals("magic", c, prg, answers, 4, 0.2)
     nothing = torch.zeros(0)
     assert [len(x) for x in learning_signals("hytuning", *[nothing] * 3, 4, 0.2)] == [0, 0]
+
+
+def test_a_query_counts_as_much_as_its_rollouts_have_earned():
+    A = torch.tensor([1.0, -1.0, 2.0, -2.0])
+    e = torch.tensor([0.2, 0.4, 0.0, 0.1])
+    lam = e.mean().item()
+    close(weigh_queries(A, e, lam, 2), A * torch.tensor([0.3, 0.3, 0.05, 0.05]) / lam)
+    assert weigh_queries(A, torch.zeros(4), 0.0, 2).tolist() == [0] * 4
 
 
 def test_without_any_answer_nothing_is_learned_whatever_the_anchor():
@@ -1127,8 +1135,7 @@ BAD_LINES = [b"{", b"[1]", b'"text"', b"\xff\xfe"]
 for change in (dict(prompt=...), dict(answer=...), dict(reasoning=...), dict(prompt=["p"]),
                dict(reasoning=None), dict(answer=True), dict(prompt="\ud800"), dict(prompt=" "),
                dict(answer=" "), dict(answer="1\n2"), dict(reasoning=..., answer="because ####"),
-               dict(answer=math.nan), dict(answer=-math.inf), dict(answer="3 (Answer: 4)"),
-               dict(answer="*")):
+               dict(answer=math.nan), dict(answer=-math.inf), dict(answer="3 (Answer: 4)")):
     record = {k: v for k, v in {**WHOLE, **change}.items() if v is not ...}
     BAD_LINES.append(json.dumps(record).encode())
 BAD_LINES.append(json.dumps(WHOLE).encode().replace(b'"1"', b"1e400"))
@@ -1458,6 +1465,7 @@ def test_a_step_makes_of_its_rollouts_what_the_method_says(method, trainer_for):
         logits = judge(torch.tensor([x.tokens]))[0, x.cuts[0] - 1:-1]
         c.append(self_certainty(logits).mean().item())
     shares = []
+    expected = []
     for start in range(0, 12, 4):
         group = range(start, start + 4)
         assert len({tuple(rollouts[j].prompt) for j in group}) == 1
@@ -1471,9 +1479,11 @@ def test_a_step_makes_of_its_rollouts_what_the_method_says(method, trainer_for):
             else:
                 rewards.append(sum(w[i] * c[i] for i in same) / 4)
         r = torch.tensor(rewards, dtype=torch.double)
-        close(A[start:start + 4], (r - r.mean()) / (r.std(unbiased=False) + 1e-4), 1e-3)
-    lam_of = {"rlif": 1, "static": 0.5}.get(method, sum(shares) / 12)
-    assert lam == line["lambda"] == pytest.approx(lam_of, rel=1e-4)
+        lam_q = {"rlif": 1, "static": 0.5}.get(method, sum(shares[start:]) / 4)
+        expected.append(lam_q * (r - r.mean()) / (r.std(unbiased=False) + 1e-4))
+    expected_lam = {"rlif": 1, "static": 0.5}.get(method, sum(shares) / 12)
+    assert lam == line["lambda"] == pytest.approx(expected_lam, rel=1e-4)
+    close(A, torch.cat(expected) / lam, 1e-3)
     assert (len(set(trainer.v.tolist())) > 1) == (method in ("hytuning", "support"))
     assert line["self_certainty"] == pytest.approx(sum(c) / 12, rel=1e-4)
     assert line["answered"] == sum(map(bool, answers)) / 12

@@ -11,7 +11,7 @@ and the PRG of each decides how much it counts (v). Every step then does the fol
     2. Judge them: the PRG of each rollout under the frozen starting model.
     3. Weigh the rollouts by their PRG (w).
     4. Pool by answer: rewards r and earned shares e.
-    5. Compute the advantages A and the mix lambda.
+    5. Compute the advantages A and the mix: lambda and the share of each query in it.
     6. Make one update on (1 - lambda) L_RD + lambda L_RLIF.
 
 SPDX-License-Identifier: MIT
@@ -343,6 +343,7 @@ class Trainer:
                                          self.anchor, args.tau)  # [N] each
         earned, N_all = all_sum(self.column([e.sum(), len(e)])).tolist()  # over all processes
         lam = earned / max(N_all, 1)
+        A = hytuning.weigh_queries(A, e, lam, args.group_size)
 
         # 6. Make one update on (1 - lambda) L_RD + lambda L_RLIF.
         L_RD, grad_norm = self.update(rollouts, A, lam, N_all)
