@@ -1407,7 +1407,8 @@ def test_a_judge_that_finds_little_gain_in_the_traces_is_warned_of(trainer_for, 
 def test_a_trace_counts_as_its_lines_earn_its_answer(toy_run, trainer_for, tmp_path):
     """By its own PRG under the starting model, which stays what it was, and in hytuning alone."""
     start = load_pretrained(toy_run[0] / "out/toy")
-    records = [record for _, record in data.read_jsonl(toy_run[0] / "out/toy/data-0/labeled.jsonl")]
+    path = toy_run[0] / "out/toy/data-0/labeled.jsonl"
+    records = [record for _, record in data.read_jsonl(path, 16)]
     answers = sorted({record["answer"] for record in records})
     for record in records[:4]:
         record["answer"] = answers[answers.index(record["answer"]) - 1]  # another one
