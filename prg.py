@@ -288,42 +288,34 @@ def pack(traces: list[Trace], copies: bool, tokens: int = 2048, width: int = 102
 
 def lay_out(rows: list[list[Segment]], device=None) -> Packed:
     """Turn rows of segments into the tensors of a batch."""
-    width = round_up(max(sum(len(segment.inputs) for segment in row) for row in rows))
-    shape = (len(rows), width)
-    ids = torch.zeros(shape, dtype=torch.long)
-    position = torch.zeros(shape, dtype=torch.long)
-    start = torch.zeros(shape, dtype=torch.long)  # the position at which the segment starts
-    owner = torch.full(shape, PADDING)
-    copy = torch.zeros(shape, dtype=torch.long)
-    traces = []
-    cuts = []
-    slots = []
-    targets = []
-    for b, row in enumerate(rows):
-        end = 0
-        for segment in row:
-            here = slice(end, end + len(segment.inputs))
-            end = here.stop
-            ids[b, here] = torch.tensor(segment.inputs, dtype=torch.long)
-            position[b, here] = segment.position + torch.arange(len(segment.inputs))
-            start[b, here] = segment.position
-            owner[b, here] = segment.owner
-            copy[b, here] = segment.copy
+    sizes = [sum(len(segment.inputs) for segment in row) for row in rows]
+    width = round_up(max(sizes))
+    ids, position, start, owner, copy = [], [], [], [], []  # one number for each slot
+    traces, cuts, slots, targets = [], [], [], []  # one entry for each target
+    for row, size in zip(rows, sizes):
+        padding = Segment([0] * (width - size), 0, PADDING)
+        for segment in [*row, padding]:
+            n = len(segment.inputs)
+            ids += segment.inputs
+            position += range(segment.position, segment.position + n)
+            start += [segment.position] * n
+            owner += [segment.owner] * n
+            copy += [segment.copy] * n
             if segment.targets:
                 traces.append(segment.owner)
                 cuts.append(max(segment.copy - 1, 0))
-                last = b * width + end
-                slots.append(torch.arange(last - len(segment.targets), last))
+                slots.append(torch.arange(len(ids) - len(segment.targets), len(ids)))
                 targets.append(torch.tensor(segment.targets))
 
+    table = torch.tensor([ids, position, start, owner, copy], device=device)
+    ids, position, start, owner, copy = table.view(5, len(rows), width)  # [B, W] each
     attention_mask = None
     # If each row is one prompt and one response, causal attention is right without a mask.
     if any(len(row) > 2 for row in rows):
-        attention_mask = tree_mask(position.to(device), start.to(device), owner.to(device),
-                                   copy.to(device))
+        attention_mask = tree_mask(position, start, owner, copy)
     mask = pad_sequence([torch.ones(len(x), dtype=torch.bool) for x in targets], batch_first=True)
-    return Packed(ids.to(device), position.to(device), attention_mask,
-                  torch.tensor(traces, device=device), torch.tensor(cuts, device=device),
+    return Packed(ids, position, attention_mask, torch.tensor(traces, device=device),
+                  torch.tensor(cuts, device=device),
                   pad_sequence(slots, batch_first=True).to(device),
                   pad_sequence(targets, batch_first=True).to(device), mask.to(device))
 
