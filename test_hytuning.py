@@ -1925,7 +1925,7 @@ def test_a_run_resumed_with_changed_data_is_refused_by_the_name_of_the_file(toy_
 # README
 
 README = (HERE / "README.md").read_text()
-PYTHON = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README, re.S)
+PYTHON = re.findall(r"```python\n# ([\w. ]+)\n(.*?)```", README, re.S)
 BASH = [block for block in re.findall(r"```bash\n(.*?)```", README, re.S)
         if "train.py" in block and "pytest" not in block]
 # Stands for python, torchrun and pip: the words as printed, then what makes a run short; two
@@ -1941,13 +1941,29 @@ if name != "pip":
 """
 
 
-@pytest.mark.parametrize("name, example", PYTHON, ids=[name for name, _ in PYTHON])
-def test_a_piece_of_the_readme_works_alone(name, example, toy_run, tmp_path):
-    """The example, as printed, in a folder with that one file and a checkpoint."""
+# Calls the reward for TRL with two rollouts of a right answer, one of a wrong one, one cut off.
+CALL_REWARD = """
+import json
+first = json.loads(open("labeled.jsonl").readline())
+whole = text.response(first["reasoning"], first["answer"])
+other = text.response("1 kosoli suggests rikuti", "rikuti")
+rewards = earned_votes([whole, other, whole[:-1], whole], [first["prompt"]] * 4)
+assert rewards[0] == rewards[3] > rewards[1] > 0 == rewards[2], rewards
+print(rewards)
+"""
+
+
+@pytest.mark.parametrize("files, example", PYTHON, ids=[files for files, _ in PYTHON])
+def test_a_piece_of_the_readme_works_alone(files, example, toy_run, tmp_path):
+    """The example, as printed, in a folder with the files that it names and a checkpoint."""
     if "transformers" in example:
         transformers()
     shutil.copytree(toy_run[0] / "out/run/model", tmp_path / "checkpoint")
-    shutil.copy(HERE / name, tmp_path)
+    shutil.copy(toy_run[0] / "out/toy/data-0/labeled.jsonl", tmp_path)
+    for name in files.split():
+        shutil.copy(HERE / name, tmp_path)
+    if "earned_votes" in example:
+        example += CALL_REWARD
     done = run(tmp_path, "-I", "-c", f"import sys\nsys.path.insert(0, '.')\n{example}")
     assert done.returncode == 0 and done.stdout, done.stderr
 
@@ -1958,7 +1974,8 @@ def test_a_command_of_the_readme_works(block, toy_run, tmp_path):
     for path in [*HERE.glob("*.py"), HERE / "requirements.txt"]:
         shutil.copy(path, tmp_path)
     toy = toy_run[0] / "out/toy"
-    for folder in ["out/toy", *re.findall(r"--model (\S+)", block)]:
+    models = [] if "for seed" in block else re.findall(r"--model (\S+)", block)
+    for folder in ["out/toy", *models]:
         shutil.copytree(toy, tmp_path / folder, dirs_exist_ok=True)
     for name in re.findall(r"--(?:labeled|unlabeled|eval) (\w+\.jsonl)", block):
         shutil.copy(toy / "data-0/labeled.jsonl", tmp_path / name)
@@ -1968,7 +1985,7 @@ def test_a_command_of_the_readme_works(block, toy_run, tmp_path):
         path.write_text(f'#!/bin/sh\nexec "{sys.executable}" stand_in.py {path.name} "$@"\n')
         path.chmod(0o755)
     environment = {**ENVIRONMENT, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    short = re.sub(r"for seed in [\d ]+", "for seed in 1 2", block)
+    short = block.replace("$(seq 501 524)", "1 2")
     done = subprocess.run(["bash", "-ec", short], cwd=tmp_path, env=environment, text=True,
                           capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -1976,11 +1993,13 @@ def test_a_command_of_the_readme_works(block, toy_run, tmp_path):
     if short != block:
         found = dict(re.findall(r"^(\w+(?: - \w+)?) +(\S+) ± ", done.stdout, re.M))
         results = [json.loads(path.read_text()) for path in tmp_path.glob("out/rd-*/eval.json")]
-        close(float(found["rd"]), sum(x["final"]["accuracy"] for x in results) / 2, 1e-3)
+        mean = sum(result["final"]["sample"]["accuracy"] for result in results) / 2
+        close(float(found["rd"]), mean, 1e-3)
         close(float(found["hytuning - rd"]), float(found["hytuning"]) - float(found["rd"]), 2e-3)
 
 
-def test_the_readme_shows_how():
-    assert {name for name, _ in PYTHON} == {"prg.py", "hytuning.py", "data.py", "model.py"}
+def test_the_readme_has_its_examples_and_its_length():
+    files = {files for files, _ in PYTHON}
+    assert files == {"prg.py", "hytuning.py", "data.py", "model.py", "data.py prg.py hytuning.py"}
     assert len(BASH) >= 4 and any("for seed in" in block for block in BASH)
-    assert len(README.encode()) <= 20480
+    assert len(README.encode()) <= 18 * 1024

@@ -95,7 +95,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--queries_per_step", type=int, default=16, help="of all processes (default: %(default)s)")
     add("--group_size", type=int, default=8, help="G, rollouts of a query (default: %(default)s)")
     add("--traces_per_step", type=int, default=16, help="of all processes (default: %(default)s)")
-    add("--tau", type=float, default=0.5, help="softness of the gate on PRG (default: %(default)s)")
+    add("--tau", type=float, default=0.5, help="softness of the weight w (default: %(default)s)")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=int, default=100, help="training steps (default: %(default)s)")
@@ -140,8 +140,9 @@ def check_arguments(args, parser):
         parser.error("--group_size cannot be 1: rollouts are compared within their group")
     if not args.marker.strip() or "\n" in args.marker:
         parser.error("--marker must be a single line that is not blank, such as 'Answer:'")
-    if (args.device or "cpu").startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: PyTorch finds no GPU that it can use")
+    kind = (args.device or "cpu").partition(":")[0]
+    if kind not in ("cpu", "cuda") or kind == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {args.device} cannot be used here: give cpu, cuda or cuda:N")
     if not args.model and (args.eval_only or args.labeled or args.unlabeled or args.eval):
         parser.error("--model is missing: give the folder of a checkpoint")
     for name in files_needed(args):
@@ -594,26 +595,27 @@ def show(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def print_examples(held_out, found: dict[tuple, dict], number: int):
-    """Some held-out queries with the support after each step of their first sample.
-
-    The first one is a query with a wrong majority, if there is any.
-    """
+def print_examples(held_out, found: dict[tuple, dict], number: int, anchor: float | None):
+    """Held-out queries with the support after each step of their first sample, at first a query
+    with a wrong majority, if there is one."""
     def majority_is_right(query):
         prompt, _, gold = query
         winner, _ = data.majority(found[tuple(prompt)]["answers"])
         return is_right(winner, gold)
 
-    for prompt, question, gold in sorted(held_out, key=majority_is_right)[:number]:
+    wrong = [query for query in held_out if not majority_is_right(query)][:1]
+    others = [query for query in held_out if query not in wrong]
+    for prompt, question, gold in (wrong + others)[:number]:
         entry = found[tuple(prompt)]
-        print(f"\n{question}\n  the support of the answer after each step of sample 1:")
+        S = len(entry["answers"])
+        print(f"\n{question}\n  sample 1 of {S}, with the support of its answer under this model:")
         for p, step in entry["curve"]:
             print(f"  p = {p:4.2f} {'#' * round(20 * p):20s} {' '.join(step.split())}")
         verdict = "right" if is_right(entry["answers"][0], gold) else "wrong"
-        print(f"  its answer: {entry['answers'][0]} ({verdict}), its PRG: {entry['prg'][0]:.2f}")
+        print(f"  answer: {entry['answers'][0]} ({verdict}); PRG {show(entry['prg'][0])} (traces under "
+              f"the starting model: {show(anchor)})")
         winner, share = data.majority(entry["answers"])
-        S = len(entry["answers"])
-        print(f"  majority: {winner} ({round(share * S)} of {S} samples), right answer: {gold}")
+        print(f"  majority: {winner} ({round(share * S)} of {S} samples); right answer: {gold}")
 
 
 # -----------------------------------------------------------------------------
@@ -770,7 +772,7 @@ def main(argv=None):
             name = "eval_only.json" if args.eval_only else "eval.json"
             atomic_write(out / name, lambda path: path.write_text(json.dumps(results, indent=2)))
             print_results(results)
-            print_examples(held_out, found, args.show)
+            print_examples(held_out, found, args.show, trainer.anchor)
     if dist.is_initialized():
         # All processes leave together, after rank 0 has written. The pause lets gloo's threads
         # release their tensors: a thread that wants Python's lock while Python shuts down aborts
