@@ -1,8 +1,8 @@
-"""Text in, text out: answers, prompts and responses, JSONL records, and a toy task.
+"""Answers, prompts and responses as text and as token ids, JSONL records, and a toy task.
 
-A response is reasoning, one step a line, then a marker ("Answer:") and the answer on the same line.
-Steps and answer are located in the response's own token ids, because text that is encoded again may
-be split differently. On the toy task the effect of the method can be seen in a minute on a laptop.
+A response has one reasoning step per line and ends with a marker ("Answer:") and the answer. Steps
+and answer are located in the token ids of the response itself, because encoding its text again may
+give other tokens. The toy task shows the effect of the method in a minute on a laptop.
 
 This file is self-contained; copy it freely. Next to read: model.py.
 
@@ -25,17 +25,17 @@ INSTRUCTION = 'Reason line by line, then end with the line "{marker} ...".'
 
 
 class DataError(ValueError):
-    """Unusable data. One sentence: what is wrong, in which file and line, what to do."""
+    """Data cannot be used. The message says what is wrong, in which line, and what to do."""
 
 
 # -----------------------------------------------------------------------------
 # answers
 
 def find_answer(text: str, marker: str = MARKER) -> tuple[int, int, int] | None:
-    """(start of the last marker, start of its answer, end of its answer), or None.
+    """Return the offsets (marker start, answer start, answer end) at the last marker, or None.
 
-    The answer is the rest of the marker's line. The marker counts in upper and lower case, between
-    stars or underscores, and with a fullwidth colon: "**ANSWER**: 18", "Answer：18".
+    The answer is the rest of the marker's line. The marker is found in upper and lower case,
+    between stars or underscores, and with a fullwidth colon: "**ANSWER**: 18", "Answer：18".
     """
     words = re.escape(marker.strip().rstrip(" :："))
     # The tokenizer may have composed or decomposed the letters.
@@ -60,14 +60,14 @@ def find_answer(text: str, marker: str = MARKER) -> tuple[int, int, int] | None:
 
 
 def extract_answer(text: str, marker: str = MARKER) -> str | None:
-    """The text after the last marker, on its line; None without a marker or with nothing there."""
+    """Return the answer that `find_answer` finds in the text, or None."""
     found = find_answer(text, marker)
     if found is None:
         return None
     return text[found[1]:found[2]]
 
 
-# Differences in form only: (pattern, replacement).
+# (pattern, replacement) pairs that change only the form of an answer.
 FORMS = [
     ("[\u2010-\u2015\u2212]", "-"),  # dashes
     ("[\u2018\u2019]", "'"),  # curly quotes
@@ -91,23 +91,23 @@ FORMS = [
 ]
 FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 
-# A letter, marked as in "(B)", "B." or "Option B", with or without its option's text, which begins
-# with a word or a number; or a bare capital, with or without the text in brackets.
+# Either a letter that is marked as in "(B)", "B." or "Option B", perhaps followed by the option's
+# text, which begins with a word or a number; or a capital letter, perhaps with text in brackets.
 TEXT = r"(?:[Aa] )?[^\W\d_]{2}.*|-?[$€£¥₹]?\d.*"
 CHOICE = re.compile(rf"(?:[Oo]ption )?(?:\(([A-Ja-j])\)|([A-Ja-j])(?:[.)]|:(?= )))(?: ({TEXT}))?"
                     r"|(?:[Oo]ption )?([A-J])(?: \(([^\W\d_]{2}.*)\))?")
-# Not an option's text: what denies the choice or names another one.
-NOT_OPTION = re.compile(r".*\b(?:and|or|nor|not?|never|neither|but|is|isn|are|was|be|it|does|doesn|do"
-                        r"|don|cannot|can|too|wrong|false|incorrect|excluded|ruled|eliminated|plus"
-                        r"|minus|times)\b|.*(?:\b[b-z]\b|\ba\b(?! \w)|\b\w\))", re.IGNORECASE)
+# Text that denies the choice or names another one is not the text of an option.
+NOT_OPTION = re.compile(r".*\b(?:and|or|nor|not?|never|neither|but|is|isn|are|was|be|it|does|doesn"
+                        r"|do|don|cannot|can|too|wrong|false|incorrect|excluded|ruled|eliminated"
+                        r"|plus|minus|times)\b|.*(?:\b[b-z]\b|\ba\b(?! \w)|\b\w\))", re.IGNORECASE)
 
-# A sign, a currency sign, a number without leading zeros (or a simple fraction), a unit.
+# Groups are sign, currency sign, number without leading zeros or simple fraction, and unit.
 NUMBER = re.compile(r"([-+]?) ?([$€£¥₹]?) ?((?=\.?\d)(?!0[\d,])(?:\d{1,3}(?:,\d{3})+|\d*)"
                     r"(?:\.\d+)?(?:[eE][-+]?\d{1,3})?)( ?[$€£¥₹°]| [^\W\d_]+(?:/[^\W\d_]+)?|)")
 FRACTION = re.compile(r"([-+]?) ?()((?!0)\d+ ?/ ?(?!0)\d+)()")
 LEFT_SIDE = re.compile(r"[A-Za-z](?:_?[0-9])?|(?=.*[0-9)] ?[-+*/×÷^])[0-9.()+*/×÷^ -]+")
-# Units that one of two answers may leave out: plurals and common signs and abbreviations, except
-# plurals that multiply the number.
+# Units that may be missing in one of two answers: common signs, abbreviations and plurals, except
+# for plurals that multiply the number.
 UNIT = re.compile(r"[$€£¥₹°]|percent|[cmk]m|[mk]g|ml|km/h|mph|people|feet|hour|minute|day|week|year"
                   r"|[a-z]{2,}[a-rtv-z]s")
 MULTIPLE = re.compile(r"times|pairs|couples|halves|quarters|logs|scores|(?!months)[a-z]*(?:ths|tens"
@@ -115,7 +115,7 @@ MULTIPLE = re.compile(r"times|pairs|couples|halves|quarters|logs|scores|(?!month
 
 
 def normalise(text: str) -> str:
-    """The spelling in which answers are compared."""
+    """Return the form in which answers are compared."""
     text = unicodedata.normalize("NFC", text).translate(FULLWIDTH)
     before = None
     while text != before:
@@ -123,20 +123,20 @@ def normalise(text: str) -> str:
         text = " ".join(text.split())
         for pattern, replacement in FORMS:
             text = re.sub(pattern, replacement, text)
-    # Behind a digit there may be a unit, whose case matters. So does that of x, mW, CO and \Delta.
+    # Case matters after a digit, where a unit may follow, and in x, mW, CO and \Delta.
     words, units = re.fullmatch(r"(\D*)(.*)", text).groups()
     return re.sub(r"(?<!\\)\b(?:[^\W\d_]{3,}|No)\b", fold_case, words) + units
 
 
 def fold_case(word: re.Match) -> str:
-    """Lower case for words such as Paris and PARIS; a word such as mRNA stays as it is."""
+    """Convert words such as Paris and PARIS to lower case, but not words such as mRNA."""
     if word[0][1:].islower() or word[0].isupper():
         return word[0].lower()
     return word[0]
 
 
 def read_choice(text: str) -> tuple[str, list[str]] | None:
-    """(letter, [option's text]) of a normalised answer that is one choice, otherwise None."""
+    """Return (letter, [text of the option]) if a normalised answer is one choice, or None."""
     match = CHOICE.fullmatch(text)
     if match is None:
         return None
@@ -148,7 +148,7 @@ def read_choice(text: str) -> tuple[str, list[str]] | None:
 
 
 def read_number(text: str) -> tuple[tuple[Fraction, str], list[str]] | None:
-    """((value, unit), [left side, optional unit]) of a normalised number, otherwise None."""
+    """Return ((value, unit), [left side, optional unit]) of a normalised number, or None."""
     *left, right = [side.strip() for side in text.split("=")]
     match = FRACTION.fullmatch(right) or NUMBER.fullmatch(right)
     if match is None or not all(LEFT_SIDE.fullmatch(side) for side in left):
@@ -168,20 +168,19 @@ def read_number(text: str) -> tuple[tuple[Fraction, str], list[str]] | None:
 
 
 def answers_match(a: str, b: str) -> bool:
-    """Whether two answers are the same, by one of three rules.
+    """Return whether two answers are the same by one of three rules.
 
     1. As text, regardless of case, width, spaces, kinds of dashes and quotes, a final full stop,
        quotes around the answer, Markdown's bold and code, and LaTeX that only formats. Case does
-       matter in words of one or two letters, in mixed words and behind a digit: x, CO, "5 Mg".
+       matter in words of one or two letters, in mixed words and after a digit: x, CO, "5 Mg".
     2. As one choice from A to J: "B", "(b)", "B.", "Option B" and "B) Paris" are the same, unless
        the choice is denied, another one is named or the texts of the two options differ.
-    3. As one number: "$1,000.00" and 1e3, "3/4" and 0.75. It may be the last side of an equation
-       and have one unit. One of the two left sides may be missing, otherwise they must be equal.
-       So must the units, of which only %, currency signs, common abbreviations and plurals may be
-       missing.
+    3. As one number: "$1,000.00" and 1e3, "3/4" and 0.75. The number may be the last side of an
+       equation and have one unit. The left sides must be equal if both answers have one. The units
+       must be equal, but %, a currency sign, a common abbreviation or a plural may be missing.
 
-    All other answers are different. In doubt they are different too, because a wrong match rewards
-    an error, while a missed match only loses a vote.
+    All other answers are different, and so are doubtful cases, because a wrong match rewards an
+    error, while a missed match only loses a vote.
     """
     a = normalise(a)
     b = normalise(b)
@@ -196,10 +195,10 @@ def answers_match(a: str, b: str) -> bool:
 
 
 def number_answers(answers: list[str | None], group_size: int) -> list[int]:
-    """A number for each answer: equal within a group if the answers match, -1 for no answer.
+    """Give the same number to the matching answers of a group, and -1 to a missing answer.
 
-    The groups follow one another. "5" matches "5 apples" and "5 pears", which do not match each
-    other: it counts as the first of them.
+    A group is `group_size` consecutive answers. "5" matches "5 apples" and "5 pears", which do not
+    match each other, and gets the number of the one that comes first.
     """
     numbers = []
     for start in range(0, len(answers), group_size):
@@ -217,9 +216,9 @@ def number_answers(answers: list[str | None], group_size: int) -> list[int]:
 
 
 def majority(answers: list[str | None]) -> tuple[str | None, float]:
-    """The most common answer (the earliest, if several are) and its share of all answers.
+    """Return the most common answer (the first of several) and its share of all answers.
 
-    (None, 0.0) if there is no answer.
+    If there is no answer, return (None, 0.0).
     """
     if not any(answers):
         return None, 0.0
@@ -232,14 +231,14 @@ def majority(answers: list[str | None]) -> tuple[str | None, float]:
 # -----------------------------------------------------------------------------
 # prompts and responses
 
-# Characters that no text contains. START is a token of our own: text is encoded behind it and the
-# token is then cut off, because tokenizers may treat the beginning of a document specially.
-# QUESTION and ANSWER stand for the two texts of a conversation in a rendered chat template.
+# Unicode reserves these characters, so that no text contains them. START is added to the tokenizer:
+# text is encoded after it, because tokenizers may treat the beginning of a text differently.
+# QUESTION and ANSWER are placeholders for the messages in a rendered chat template.
 START, QUESTION, ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"
 
 
 def load_tokenizer(path: Path) -> tuple[Tokenizer, list[int]]:
-    """(the tokenizer, the ids that it puts before a text by itself: none, or that of BOS)."""
+    """Return the tokenizer, and the ids that it adds before a text: none, or that of BOS."""
     try:
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_padding()
@@ -249,21 +248,21 @@ def load_tokenizer(path: Path) -> tuple[Tokenizer, list[int]]:
         ids = tokenizer.encode(START).ids
         bos = ids[:ids.index(tokenizer.token_to_id(START))]
         if not tokenizer.encode(INSTRUCTION + " é漢", add_special_tokens=False).ids:
-            raise ValueError("it has no token for any text")
+            raise ValueError("it cannot encode text")
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        # The library raises bare Exceptions, and Rust panics, which are not Exceptions.
+        # The library raises plain Exceptions, and a Rust panic is only a BaseException.
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} is not usable ({reason}): use the model's own file") from None
+        raise DataError(f"{path} cannot be used ({reason}): use the model's own file") from None
     return tokenizer, bos
 
 
 def render_chat(folder: Path) -> tuple[str, str] | None:
-    """(prompt, conversation): the folder's chat template, rendered with QUESTION and ANSWER.
+    """Render the folder's chat template with QUESTION and ANSWER: (prompt, conversation).
 
-    The prompt ends where the assistant's turn begins. None if the folder has no template. Raises
-    DataError if the template cannot be rendered.
+    The prompt ends where the assistant's turn begins. Returns None if the folder has no template.
+    Raises DataError if the template cannot be rendered.
     """
     path = folder / "tokenizer_config.json"
     config = {}
@@ -300,7 +299,7 @@ def render_chat(folder: Path) -> tuple[str, str] | None:
 
 
 def compile_template(source: str):
-    """A jinja2 template with the settings and functions that `transformers` gives it."""
+    """Compile a jinja2 template with the settings and functions that `transformers` gives it."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -316,12 +315,12 @@ def compile_template(source: str):
 
 
 class Text:
-    """A checkpoint folder's tokenizer and chat template.
+    """Converts between text and token ids with a checkpoint's tokenizer and chat template.
 
-    A folder without a chat template gets plain text. `end` is the id that training ends responses
-    with: the special token that the template puts behind an answer, or else the first of
-    `eos_ids`, the model's own. `end_ids` are all ids that end a response. Raises DataError if
-    tokenizer.json or the template is missing or broken, or if no id is known to end a response.
+    Without a chat template, a prompt is plain text. `end` is the id that ends a response in
+    training: the special token that the template puts after an answer, or otherwise the first of
+    `eos_ids`, the model's own end tokens. `end_ids` has all ids that end a response. Raises
+    DataError if tokenizer.json or the template cannot be used, or if there is no end token.
     """
 
     def __init__(self, folder, eos_ids=(), marker: str = MARKER, max_reasoning_steps: int = 16):
@@ -347,37 +346,37 @@ class Text:
             if after_answer and after_answer[0][0] in self.special:
                 end_ids.insert(0, after_answer[0][0])
         if not end_ids:
-            raise DataError(f"{folder} names no end token: set eos_token_id in its config.json")
+            raise DataError(f"{folder} has no end token: set eos_token_id in its config.json")
         self.end = end_ids[0]
         self.end_ids = set(end_ids)
 
     def encode(self, text: str, after: str) -> list[int]:
-        """Token ids of a text that follows the text `after`, or, if that is "", a special token.
+        """Return the ids of a text that follows `after`; "" means that it follows a special token.
 
-        What looks like a special token is encoded as text.
+        A special token that is spelled out in the text is encoded as text.
         """
         before = self.tokenizer.encode(START + after, add_special_tokens=False).ids
         ids = self.tokenizer.encode(START + after + text, add_special_tokens=False).ids
         if ids[:len(before)] != before:
-            # A token straddles the boundary: encode the text by itself.
+            # If a token crosses the boundary, encode the text by itself.
             return self.encode(text, after="")
         return ids[len(before):]
 
     def encode_chat(self, text: str) -> list[tuple[int, int, int]]:
-        """(id, start, end) of each token of a text, where special tokens are recognised."""
+        """Return (id, start, end) of each token of a text, and recognise special tokens in it."""
         self.tokenizer.encode_special_tokens = False
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         self.tokenizer.encode_special_tokens = True
         return [(i, start, end) for i, (start, end) in zip(encoding.ids, encoding.offsets)]
 
     def prompt(self, question: str) -> list[int]:
-        """Token ids of a question with the instruction, up to where the response begins."""
+        """Return the ids of a question and the instruction, up to the start of the response."""
         asked = f"{question.strip()}\n{INSTRUCTION.format(marker=self.marker)}"
         if self.chat is None:
             return self.bos + self.tokenizer.encode(asked + "\n", add_special_tokens=False).ids
         pieces = self.chat.split(QUESTION)
         text = asked.join(pieces)
-        # For each character of the text, whether the user has written it.
+        # This has "1" for each character of the text that the user has written.
         user = ("1" * len(asked)).join("0" * len(piece) for piece in pieces)
         ids = []
         for i, start, end in self.encode_chat(text):
@@ -388,20 +387,20 @@ class Text:
         return ids
 
     def response(self, reasoning: str, answer: str) -> list[int]:
-        """Token ids of a supervised response, including the end token. Blank lines are left out."""
+        """Return the ids of a supervised response with its end token, but without blank lines."""
         lines = [line.rstrip() for line in reasoning.splitlines() if line.strip()]
         lines.append(f"{self.marker} {answer}")
         return self.encode("\n".join(lines), after=self.before_response) + [self.end]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids without the end tokens, which some tokenizers would show."""
+        """Return the text of ids without the end tokens, which some tokenizers would show."""
         return self.tokenizer.decode([i for i in ids if i not in self.end_ids])
 
     def read(self, response: list[int]) -> tuple[str, list[int]]:
-        """(the text of a response, the offset in it where each token ends), without the end token.
+        """Return the text of a response without its end token, and the offset of each token's end.
 
-        Tokens that share a character of several bytes all end where it does. A response that was
-        cut off, or that contains bytes that are not text, reads as "".
+        Tokens that share a multi-byte character all end where the character ends. The text is "" if
+        the response was cut off or contains invalid UTF-8.
         """
         text = ""
         offsets = []
@@ -420,17 +419,16 @@ class Text:
         return text, offsets + [len(text)] * waiting
 
     def answer(self, response: list[int]) -> str | None:
-        """The answer of a response; None if it was cut off or has none."""
+        """Return the answer of a response, or None if it was cut off or has no answer."""
         text, _ = self.read(response)
         return extract_answer(text, self.marker)
 
     def parse(self, prompt: list[int], response: list[int]) -> tuple[list, list, int, int]:
-        """(tokens, cuts, answer_start, answer_end): where steps, marker and answer stand.
+        """Locate steps, marker and answer: (tokens, cuts, answer_start, answer_end).
 
-        tokens is prompt + response. Step k is tokens[cuts[k]:cuts[k + 1]], the marker is
-        tokens[cuts[-1]:answer_start] and the answer tokens[answer_start:answer_end]. Steps are the
-        lines before the last marker that are not blank, merged evenly if they are more than
-        max_reasoning_steps.
+        tokens is prompt + response. Step k is tokens[cuts[k - 1]:cuts[k]], the marker is
+        tokens[cuts[-1]:answer_start] and the answer is tokens[answer_start:answer_end]. Steps are
+        the nonblank lines before the last marker, merged evenly if max_reasoning_steps is exceeded.
         Without an answer there are no steps, and answer_start = answer_end = len(tokens).
         """
         tokens = prompt + response
@@ -440,7 +438,7 @@ class Text:
             return tokens, [len(prompt)], len(tokens), len(tokens)
         marker_start, answer_start, answer_end = found
 
-        # A line begins with its first character that is not blank.
+        # A line begins at its first character that is not a space.
         lines = [match.start() for match in re.finditer(r"\S.*", text[:marker_start])]
         steps = min(len(lines), self.max_reasoning_steps)
         cuts = {0}
@@ -458,7 +456,7 @@ class Text:
 
 
 def token_at(offsets: list[int], character: int) -> int:
-    """The index of the token that contains a character, given the offset where each token ends."""
+    """Return the index of the token with this character; `offsets` are the ends of the tokens."""
     return int(np.searchsorted(offsets, character, side="right"))
 
 
@@ -466,17 +464,17 @@ def token_at(offsets: list[int], character: int) -> int:
 # JSONL records
 
 def read_jsonl(path, limit: int = 0) -> list[tuple[str, dict]]:
-    """("PATH line NUMBER", record) of the first `limit` lines that are not blank; 0 means all.
+    """Return ("PATH line NUMBER", record) of the first `limit` nonblank lines; 0 means all lines.
 
-    Numbers are returned as they are written, as strings. Raises DataError, naming the line, for
-    anything that is not a JSON object.
+    Numbers are returned as strings, exactly as they are written. Raises DataError with the line's
+    number if a line is not a JSON object.
     """
     try:
         content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): give a JSONL file") from None
     records = []
-    # Of bytes, splitlines knows no line ends but \n, \r\n and \r: U+2028 may stand in a string.
+    # Bytes are split at \n, \r\n and \r only, but text also at U+2028, which JSON strings may have.
     for number, line in enumerate(content.splitlines(), 1):
         where = f"{path} line {number}"
         if not line.strip():
@@ -485,7 +483,7 @@ def read_jsonl(path, limit: int = 0) -> list[tuple[str, dict]]:
             numbers = dict(parse_int=str, parse_float=finite, parse_constant=finite)
             record = json.loads(line.decode(), **numbers)
             if not isinstance(record, dict):
-                raise ValueError("its fields must have names")
+                raise ValueError("it has no named fields")
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not a JSON object ({error}): correct it") from None
         records.append((where, record))
@@ -501,27 +499,27 @@ def checksum(path) -> str:
 
 
 def finite(number: str) -> str:
-    """The number as it is written. NaN and infinity, as in some exported tables, are errors."""
+    """Return the number as it is written. Raises ValueError for NaN and infinity."""
     if not np.isfinite(float(number)):
         raise ValueError(f"{number} is not a finite number")
     return number
 
 
 def text_field(record: dict, name: str, where: str) -> str:
-    """The text of a field, which must not be blank. "question" is accepted for "prompt"."""
+    """Return the text of a field, which must not be blank. "question" is accepted for "prompt"."""
     if name == "prompt" and "prompt" not in record and "question" in record:
         name = "question"
     text = record.get(name)
     # Half of a surrogate pair cannot be encoded.
     if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
-        raise DataError(f"{where}: {name!r} is missing, empty or not text: fill it in")
+        raise DataError(f"{where}: the field {name!r} is missing, blank or not text: fill it in")
     return text.replace(START, "")
 
 
 def solution_of(record: dict, where: str) -> tuple[str, str]:
-    """(reasoning, answer) of a record; the reasoning is "" if there is none.
+    """Return (reasoning, answer) of a record, with "" if it has no reasoning.
 
-    GSM8K has both in one field: reasoning with <<calculator marks>>, "####", the answer.
+    GSM8K has both in one field: reasoning with <<calculator annotations>>, "####", the answer.
     """
     reasoning = ""
     answer = text_field(record, "answer", where)
@@ -531,23 +529,23 @@ def solution_of(record: dict, where: str) -> tuple[str, str]:
         reasoning, _, answer = re.sub(r"<<[^<>]*>>", "", answer).rpartition("####")
     answer = answer.strip()
     if not answer or "\n" in answer:
-        raise DataError(f"{where}: the answer is not one line of text: make it one")
+        raise DataError(f"{where} has an answer that is not one line of text: make it one line")
     return reasoning, answer
 
 
 def load_labeled(path, text: Text, max_prompt: int, max_response: int, limit: int = 0):
-    """([(prompt ids, response ids)], number skipped) of {"prompt", "reasoning", "answer"}."""
+    """Load {"prompt", "reasoning", "answer"}: ([(prompt ids, response ids)], number skipped)."""
     kept = []
     records = read_jsonl(path, limit)
     for where, record in records:
         prompt = text.prompt(text_field(record, "prompt", where))
         reasoning, answer = solution_of(record, where)
         if not reasoning.strip():
-            raise DataError(f"{where} has no 'reasoning': add it, or write GSM8K's '... #### 18'")
+            raise DataError(f"{where} has no 'reasoning': add it, or use GSM8K's '... #### 18'")
         words = text.encode(f"{reasoning}\n{answer}", after="\n")
         if 2 * words.count(text.unknown) > len(words):
             raise DataError(f"{where}: the model's tokenizer does not know most of these words: "
-                            "use a model that was made for such text")
+                            "use a model that was trained on such text")
         response = text.response(reasoning, answer)
         found = text.answer(response)
         if found is None or not answers_match(found, answer):
@@ -558,7 +556,7 @@ def load_labeled(path, text: Text, max_prompt: int, max_response: int, limit: in
 
 
 def load_unlabeled(path, text: Text, max_prompt: int, limit: int = 0):
-    """([prompt ids], number skipped) of {"prompt"}, without repetitions. Answers are not read."""
+    """Load {"prompt"} without duplicates: ([prompt ids], number skipped). Answers are not read."""
     prompts = {}
     for where, record in read_jsonl(path, limit):
         prompts[tuple(text.prompt(text_field(record, "prompt", where)))] = None
@@ -567,7 +565,7 @@ def load_unlabeled(path, text: Text, max_prompt: int, limit: int = 0):
 
 
 def load_eval(path, text: Text, max_prompt: int, limit: int = 0):
-    """([(prompt ids, question, correct answer)], number skipped) of {"prompt", "answer"}."""
+    """Load {"prompt", "answer"}: ([(prompt ids, question, gold answer)], number skipped)."""
     kept = []
     records = read_jsonl(path, limit)
     for where, record in records:
@@ -580,10 +578,10 @@ def load_eval(path, text: Text, max_prompt: int, limit: int = 0):
 
 
 def skipped(records, kept: list, path) -> int:
-    """How many records were skipped because they are too long; DataError if all were."""
+    """Return how many records were too long and skipped. Raises DataError if all were."""
     if not kept:
-        raise DataError(f"{path}: every record is too long: raise --max_prompt_tokens or "
-                        "--max_new_tokens")
+        raise DataError(f"every record of {path} is longer than --max_prompt_tokens or "
+                        "--max_new_tokens: raise them")
     return len(records) - len(kept)
 
 
@@ -591,25 +589,25 @@ def skipped(records, kept: list, path) -> int:
 # the toy task: triage by evidence
 
 class Triage:
-    """Findings that point to conditions (in invented words; nothing medical is meant).
+    """Find the condition to which most findings of a query point. All their names are invented.
 
-    A query lists findings, most of which point to the same condition. A trace says line by line
-    what each finding points to, and then names the condition that came up most often. A third of
-    the queries are marked as urgent, which does not change their answer.
+    A trace says on each line to which condition one finding points, and then answers with the
+    condition that occurs most often. A third of the queries are marked as urgent, which does not
+    change their answer.
 
-    The base model learns from careless authors. Less than half of their lines are right: of every
-    third finding they state a popular misconception more often than the truth. And in urgent
-    queries most of them jump to one condition before they have reasoned, whatever their lines say,
-    some without writing a single line. So the base model is confident of answers that its reasoning
-    has not earned.
+    The base model is trained on traces of careless authors. Less than half of their lines are
+    right: for every third finding they state one wrong condition more often than the right one. In
+    urgent queries, most of them answer with one fixed condition, whatever their lines say, and some
+    write no line at all. The base model is therefore confident of answers that do not follow from
+    its reasoning.
     """
     FINDINGS = 192
     CONDITIONS = 8
     LISTED = 6  # findings in a query
-    AGREEING = 4  # of these, how many point to its condition
+    AGREEING = 4  # findings of a query that point to its condition
     URGENT = 1 / 3  # the share of queries that are urgent
-    JUMP = 0.7  # the share of careless authors who jump in urgent queries
-    SILENT = 0.1  # the share of those who jump that write no line
+    JUMP = 0.7  # the share of urgent queries in which careless authors give the fixed answer
+    SILENT = 0.1  # the share of these queries in which they write no line
 
     def __init__(self, seed: int = 0):
         rng = np.random.default_rng([seed, 0])
@@ -623,7 +621,7 @@ class Triage:
         self.conditions = names[self.FINDINGS:]
         # The condition that each finding points to: [FINDINGS].
         self.truth = rng.permutation(self.FINDINGS) % self.CONDITIONS
-        # How often careless authors state each condition of a finding: [FINDINGS, CONDITIONS].
+        # The probability that careless authors state each condition: [FINDINGS, CONDITIONS].
         self.believed = np.zeros((self.FINDINGS, self.CONDITIONS))
         for finding, true in enumerate(self.truth):
             wrong = rng.choice([c for c in range(self.CONDITIONS) if c != true])
@@ -635,7 +633,7 @@ class Triage:
             self.believed[finding, wrong] = p_wrong
 
     def query(self, rng) -> list[int]:
-        """Findings of which AGREEING point to one condition, each of the rest to another one."""
+        """Draw findings: AGREEING point to one condition, and each other one to a different one."""
         condition, *others = rng.permutation(self.CONDITIONS)[:1 + self.LISTED - self.AGREEING]
         pointing = np.flatnonzero(self.truth == condition)
         listed = list(rng.choice(pointing, self.AGREEING, replace=False))
@@ -644,7 +642,7 @@ class Triage:
         return list(rng.permutation(listed))
 
     def record(self, rng, careless: bool = False) -> dict:
-        """A record with prompt, reasoning and answer, by a careful author or a careless one."""
+        """Return a record with prompt, reasoning and answer by a careful or a careless author."""
         findings = []
         reasoning = []
         stated = []
@@ -655,7 +653,7 @@ class Triage:
             stated.append(self.conditions[condition])
             findings.append(f"{i} {self.findings[finding]}")
             reasoning.append(f"{i} {self.findings[finding]} suggests {stated[-1]}")
-        # The condition stated most often, the first of equals.
+        # The condition that is stated most often, or the first of several.
         answer = max(stated, key=stated.count)
         urgent = rng.random() < self.URGENT
         title = "Urgent findings:" if urgent else "Findings:"
@@ -681,11 +679,12 @@ class Triage:
                     file.write(json.dumps({field: record[field] for field in fields}) + "\n")
 
     def write_tokenizer(self, folder: Path) -> tuple[int, int]:
-        """Write a tokenizer with a token for each word (with the space before it) and each sign;
-        return its vocab_size and the id of its end token."""
+        """Write a tokenizer with a token for each word (with the space before it) and each sign,
+        and return its vocab_size and the id of its end token."""
         instruction = INSTRUCTION.format(marker=MARKER)
         names = " ".join(["", *self.findings, *self.conditions])
-        text = "\n".join(["Findings:", "Urgent findings:", instruction, *"123456", MARKER, "1 suggests", names])
+        text = "\n".join(["Findings:", "Urgent findings:", instruction, *"123456", MARKER,
+                          "1 suggests", names])
         split = pre_tokenizers.Split(Regex(r" ?\w+|\s|[^\s\w]"), "isolated")
         words = ["<unk>", "<end>"] + [word for word, _ in split.pre_tokenize_str(text)]
         vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}

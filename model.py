@@ -75,8 +75,8 @@ class Config:
 
     @property
     def context(self) -> int:
-        """The longest supported sequence, in tokens. Within a sliding window, attention is full, so
-        the window itself need not be implemented."""
+        """The longest supported sequence, in tokens. It is never longer than a sliding window, so
+        attention does not implement the window."""
         window = self.sliding_window or self.max_position_embeddings
         return min(self.max_position_embeddings, window)
 
@@ -88,15 +88,15 @@ class Config:
         """
         family = raw.get("model_type")
         if family not in FAMILIES:
-            raise CheckpointError(f"model_type {family!r} is not supported, only "
+            raise CheckpointError(f"model_type {family!r} is not supported: use a model of type "
                                   f"{', '.join(FAMILIES)}")
         if raw.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+            raise CheckpointError(f"hidden_act {raw['hidden_act']!r} is not supported: use 'silu'")
         if raw.get("quantization_config"):
-            raise CheckpointError("quantized weights are not supported: use the original ones")
+            raise CheckpointError("quantized weights are not supported: use the original model")
         known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
         known.update(FAMILIES[family], rope_parameters=read_rope(raw), raw=raw)
-        # Llama has no sliding window, Mistral always has one, and Qwen has one on request.
+        # Mistral has a sliding window, and Qwen has one if use_sliding_window is true.
         has_window = {"llama": False, "mistral": True}.get(family, raw.get("use_sliding_window"))
         known["sliding_window"] = raw.get("sliding_window", 4096) if has_window else None
         return cls(**known)
@@ -138,13 +138,12 @@ def read_rope(raw: dict) -> dict:
     differs_by_layer = any(isinstance(value, dict) for value in rope.values())
     if kind not in ("default", "llama3") or differs_by_layer:
         raise CheckpointError(f"RoPE of type {kind!r}, or with settings that differ by layer, is "
-                              "not supported, only 'default' and 'llama3'")
+                              "not supported: use a model with type 'default' or 'llama3'")
     needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     if kind == "llama3" and not rope.keys() >= set(needed):
-        raise CheckpointError(f"RoPE of type llama3 needs {', '.join(needed)}")
+        raise CheckpointError(f"RoPE of type llama3 needs {', '.join(needed)}: add them")
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1):
-        raise CheckpointError("partial_rotary_factor must be 1: only full rotary embedding is "
-                              "supported")
+        raise CheckpointError("partial_rotary_factor must be 1: use a model without it")
     return rope
 
 
@@ -167,8 +166,8 @@ def rope_frequencies(rope: dict, dim: int, device=None) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair of coordinates (i, i + d/2) of x [B, T, H, d] by its position's angle.
 
-    cos and sin are [B, T, 1, d] in float32, as bfloat16 would move large keys. In the first half of
-    each head, sin has a negative sign.
+    cos and sin are [B, T, 1, d] in float32, because bfloat16 would change large keys. sin is
+    negated in the first half of each head.
     """
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
@@ -268,11 +267,11 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Recompute each layer in the backward pass, which saves memory and takes a third more time.
+        # Recomputing layers in the backward pass saves memory and takes a third more time.
         self.checkpoint_activations = False
         # The tokens that end a response, from generation_config.json.
         self.eos_ids: tuple[int, ...] = ()
-        # The tokenizer and generation_config.json, which save_pretrained writes again.
+        # The content of COPIED_FILES, which save_pretrained writes.
         self.files: dict[str, bytes] = {}
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -305,7 +304,7 @@ class Decoder(nn.Module):
             return F.linear(hidden.to(dtype), self.lm_head.weight.to(dtype))
 
     def hidden_states(self, input_ids, position_ids=None, attention_mask=None, attend=None):
-        """Return the input of `logits`, [B, T, D], for callers that need logits at some positions.
+        """Return the input of `logits`, [B, T, D], for callers that need few of the logits.
 
         `attend(layer, q, k, v, mask)` replaces `attention`: see `Cache`.
         """
@@ -371,11 +370,11 @@ def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
     if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
         embedding = weights["model.embed_tokens.weight"]
         head = weights.setdefault("lm_head.weight", embedding)
-        # If the file stores a different lm_head, use it, whatever config.json says.
+        # If the file has a different lm_head, use it even if config.json says that it is tied.
         config.tie_word_embeddings = torch.equal(head, embedding)
     try:
         model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:  # lists missing, unexpected and misshapen weights
+    except RuntimeError as error:  # it lists the weights that do not fit
         raise CheckpointError(f"{folder}: the weights do not fit config.json ({one_line(error)}): "
                               "download it again") from None
     model.tie()
@@ -425,8 +424,8 @@ def read_eos_ids(folder: Path, raw: dict) -> tuple[int, ...]:
         return ()
     ids = eos if isinstance(eos, list) else [eos]
     if not all(type(i) is int for i in ids):
-        raise CheckpointError(f"{folder}: eos_token_id is {eos!r}, which is neither a token id nor "
-                              "a list of token ids")
+        raise CheckpointError(f"{folder}: eos_token_id is {eos!r}, but it must be a token id or "
+                              "a list of token ids: correct it")
     return tuple(ids)
 
 
@@ -479,7 +478,7 @@ def atomic_write(path: Path, write):
 # sampling
 
 class Cache:
-    """Keys and values of the tokens so far, while sampling S continuations of each of Q prompts.
+    """Stores keys and values of the tokens, while S samples of each of Q prompts are drawn.
 
     A prompt's keys and values are stored once for all its samples: `prompt_k` and `prompt_v`
     [Q, H_kv, P, d], padded on the right to P tokens. Each sample's own tokens are stored in `k` and
@@ -487,8 +486,8 @@ class Cache:
     each layer. Attention takes one softmax over both parts (bifurcated attention, arXiv
     2403.08845).
 
-    Keys are float32 even if the model is not, because attention scores must be: keys can be large
-    (170 in Qwen2), and rounding their scores to bfloat16 would change the model.
+    Keys are float32 even if the model is not. They can be large (170 in Qwen2), so that rounding
+    attention scores to bfloat16 would change the output of the model.
     """
 
     def __init__(self, config: Config, lengths: Tensor, P: int, S: int, N: int, like: Tensor):
@@ -558,11 +557,11 @@ class Cache:
 
 
 class Sampler:
-    """The state of `generate`, kept on the device.
+    """Holds the state of `generate` on the device.
 
     All n samples are numbered from 0. The batch holds R = Q * S of them, S samples of each of Q
-    prompts, and shrinks when samples finish; `rows` [Q, S] has their numbers. `lengths`, `u`,
-    `out`, `total` and `done` have an entry for each of the n samples, `token` for each of the R.
+    prompts, and shrinks when samples finish. `rows` [Q, S] has their numbers. `lengths`, `u`,
+    `out`, `total` and `done` have n entries, one for each sample, and `token` has R entries.
     """
 
     def __init__(self, model: Decoder, prompts, samples: int, new: int, temperature: float,
@@ -613,8 +612,8 @@ class Sampler:
     def step(self):
         """Run the last tokens of the batch through the model, and draw the next ones.
 
-        This reads no value from the device and no shape depends on one, so that a CUDA graph can
-        record it.
+        The step reads no value from the device, and no shape depends on a value, so that a CUDA
+        graph can capture it.
         """
         slot = self.t - 1
         position = self.lengths[self.rows.flatten()] + slot
@@ -643,8 +642,8 @@ class Sampler:
         if shapes == self.graph_shapes:
             self.graph.replay()
             return
-        # Take this step without a graph, as the warm-up that capturing needs. Capturing does not
-        # run the step, so the graph is for the steps after it. First free the old graph's memory.
+        # Take this step without a graph, as the warm-up that capture needs. Capture does not run
+        # the step, so the graph is used from the next step on. Free the old graph's memory first.
         self.graph = None
         stream = side_stream(self.out.device)
         current = torch.cuda.current_stream(self.out.device)
@@ -669,7 +668,7 @@ class Sampler:
         S = int(running.max())
         if len(queries) * S > largest * done.numel():
             return
-        # Running samples first. (As bytes: CUDA sorts no booleans before PyTorch 2.6.)
+        # Put running samples first. CUDA cannot sort booleans before PyTorch 2.6, so sort bytes.
         order = done.byte().sort(dim=1, stable=True).indices
         samples = order[queries, :S]  # [Q', S']
         self.cache.keep(queries, samples)
@@ -683,7 +682,7 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
              statistic=None):
     """Sample continuations of prompts, which are lists of token ids.
 
-    Returns a list for each prompt of a list for each sample of its new token ids, including the end
+    Returns a list of samples for each prompt. A sample is a list of new token ids with the end
     token. temperature 0 takes the most probable token. top_p samples from the smallest set of most
     probable tokens whose probability is at least top_p, ties included. A sample depends only on
     `seed` (an int, or a tuple of ints and strings), its prompt and its number among the samples of
@@ -746,7 +745,7 @@ def check_arguments(config: Config, prompts, samples: int, new: int, temperature
 
 @cache
 def side_stream(device: torch.device):
-    """Return the stream for captures: a single one, as cuBLAS has a workspace for each stream."""
+    """Return the one stream for all captures, because cuBLAS has a workspace for each stream."""
     return torch.cuda.Stream(device)
 
 

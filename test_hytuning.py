@@ -1,9 +1,8 @@
-"""What the code claims, against definitions: a naive loop, `transformers`, a hand computation, a
-finite difference, one process against two.
+"""Tests of the code against naive loops, `transformers`, hand computations and finite differences.
 
-In the order in which a reader meets the ideas: prg, hytuning, model, sampling, data, train, several
-processes, README. It takes about three minutes on a CPU. What is compared with
-`transformers` is skipped where that is not installed, and so is what `hypothesis` makes up.
+The order is prg, hytuning, model, sampling, data, train, several processes, README. All tests take
+about three minutes on a CPU. Those that need `transformers` or `hypothesis` are skipped if it is
+not installed.
 
 SPDX-License-Identifier: MIT
 """
@@ -50,14 +49,14 @@ except ImportError:
     st = MagicMock()
 
     def given(*_, **__):
-        return pytest.mark.skip(reason="hypothesis, which makes up the cases, is not installed")
+        return pytest.mark.skip(reason="hypothesis is not installed")
     settings = given
 
 VOCAB = 61
 
 
 def tiny(vocab=VOCAB, **options) -> Decoder:
-    """A random decoder, far enough from uniform that a wrong mask or position shows."""
+    """Return a random decoder, far enough from uniform that a wrong mask or position shows."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, initializer_range=0.3)
@@ -65,13 +64,12 @@ def tiny(vocab=VOCAB, **options) -> Decoder:
 
 
 def transformers():
-    return pytest.importorskip("transformers", reason="what the decoder is compared with")
+    return pytest.importorskip("transformers", reason="it is needed for comparison")
 
 
 def close(a, b, tolerance=1e-6):
     a, b = (torch.as_tensor(x).detach() for x in (a, b))
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, check_dtype=False)
-
 
 
 MODEL = tiny()
@@ -101,9 +99,9 @@ def gain_by_definition(p: list[float]) -> float:
 
 
 @given(st.lists(st.lists(st.floats(0, 1, width=32), max_size=7), min_size=1, max_size=5))
-def test_gain_is_its_definition_within_bounds_whatever_the_padding(rows):
+def test_gain_matches_its_definition_and_bounds_for_any_padding(rows):
     width = max(map(len, rows)) + 1
-    # What stands in the padding must not matter.
+    # The values in the padding must not matter.
     p = torch.full((len(rows), width), 0.5)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -114,14 +112,14 @@ def test_gain_is_its_definition_within_bounds_whatever_the_padding(rows):
     assert found.abs().max() <= 1 + 1e-6
 
 
-def test_final_support_is_that_of_the_last_step_or_0():
+def test_final_support_is_the_support_after_the_last_step_or_0():
     p = torch.tensor([[0.1, 0.6, 0.0], [0.2, 0.3, 0.4], [0.9, 0.9, 0.9]])
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]]).bool()
     close(prg.final_support(p, mask), [0.6, 0.4, 0])
 
 
 def make_trace(steps, prompt=3, marker=2, answer=2, tail=0, seed=0) -> Trace:
-    """A trace with parts of these lengths: random tokens, but prompts of one length are equal."""
+    """Return a random trace with parts of these lengths. Prompts of one length are equal."""
     cuts = [prompt]
     for length in steps:
         cuts.append(cuts[-1] + length)
@@ -131,8 +129,8 @@ def make_trace(steps, prompt=3, marker=2, answer=2, tail=0, seed=0) -> Trace:
     return Trace([*range(20, 20 + prompt), *response], cuts, start, start + answer)
 
 
-# Of different depth, cuts repeated, no step, an answer of one token, no marker, no answer, a tail;
-# next to each other with the same prompt and with another one.
+# Traces with different numbers of steps. Some have repeated cuts, no step, an answer of one token,
+# no marker, no answer or a tail. Some neighbours have the same prompt, others have different ones.
 TRACES = [make_trace([4, 3, 5]), make_trace([2] * 6, seed=1), make_trace([3, 0, 0, 2], seed=2),
           make_trace([], seed=3), make_trace([3, 2], answer=1, tail=2, seed=4),
           make_trace([3, 2], prompt=4, marker=0, seed=5),
@@ -142,7 +140,7 @@ TRACES = [make_trace([4, 3, 5]), make_trace([2] * 6, seed=1), make_trace([3, 0, 
           make_trace([2, 6], prompt=1, answer=3, seed=9)]
 
 
-def test_support_is_exp_of_minus_the_loss_that_transformers_computes_for_the_answer():
+def test_support_equals_exp_of_minus_the_answer_loss_of_transformers():
     tf = transformers()
     torch.manual_seed(0)
     llama = tf.LlamaForCausalLM(tf.LlamaConfig(
@@ -169,7 +167,7 @@ def check_packed_support(traces, tokens=2048, width=1024):
     close(packed, support, 1e-5)
 
 
-def test_packed_support_is_that_of_separate_passes():
+def test_packed_support_equals_support_from_separate_passes():
     check_packed_support(TRACES)
     check_packed_support([])
 
@@ -180,7 +178,7 @@ SHAPES = st.builds(make_trace, st.lists(st.integers(0, 4), max_size=4), st.integ
 
 @settings(max_examples=40)
 @given(st.lists(SHAPES, min_size=1, max_size=6), st.sampled_from([1, 64, 2048]), st.integers(1, 99))
-def test_packed_support_of_any_traces(traces, tokens, width):
+def test_packed_support_of_random_traces(traces, tokens, width):
     check_packed_support(traces, tokens, width)
 
 
@@ -190,7 +188,7 @@ def prg_by_definition(model, trace) -> float:
 
 
 def plain_logprobs(model, trace) -> torch.Tensor:
-    """log pi of each token of the response, [T], by a pass of its own."""
+    """Return log pi of each token of the response, [T], from a separate pass."""
     logits = model(torch.tensor([trace.tokens]))[0, trace.cuts[0] - 1:-1]
     return token_logprobs(logits, torch.tensor(trace.response))
 
@@ -202,9 +200,9 @@ GROUPS = [make_trace([2 * j, j], prompt=3 + 4 * i, tail=1, seed=5 * i + j)
 
 @pytest.mark.parametrize("width, tokens, rows", [(1, 1, 15), (30, 64, 10), (48, 256, 6),
                                                  (1024, 2048, 3)])
-def test_packed_responses_have_the_log_probabilities_and_gradients_of_separate_passes(
+def test_packed_responses_match_log_probabilities_and_gradients_of_separate_passes(
         width, tokens, rows):
-    """Also where each row holds one response and the mask is left out."""
+    """In the first case each row holds one response, and there is no mask."""
     model = tiny()
     factors = torch.linspace(-1, 1, len(GROUPS))
     found = {}
@@ -228,12 +226,12 @@ def test_packed_responses_have_the_log_probabilities_and_gradients_of_separate_p
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 300, 2048])
-def test_a_pass_has_at_most_the_slots_it_may(tokens):
+def test_a_packed_batch_has_at_most_the_given_number_of_tokens(tokens):
     for batch in pack(GROUPS, False, tokens, 30) + pack(GROUPS, True, tokens, 60):
         assert batch.input_ids.numel() <= tokens or len(batch.input_ids) == 1
 
 
-def test_cuts_that_do_not_fit_are_refused():
+def test_invalid_cuts_raise_an_error():
     for cuts, start, end in (([], 2, 4), ([0, 1], 2, 4), ([2, 1], 3, 4), ([1, 3], 2, 4),
                              ([1], 9, 9), ([1], 3, 2), ([1], 2, 5)):
         with pytest.raises(ValueError, match="cuts"):
@@ -242,12 +240,12 @@ def test_cuts_that_do_not_fit_are_refused():
     assert (trace.prompt, trace.response, trace.answer_end) == ([1, 2], [3, 4], 4)
 
 
-# Confidences as they come up: k of n votes. In whole numbers the bin has no rounding.
+# A confidence is k of n votes. With integers, its bin is computed without rounding.
 VOTE = st.integers(1, 20).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n), st.booleans()))
 
 
 @given(st.lists(VOTE, min_size=1, max_size=40))
-def test_calibration_measures_are_their_definitions(votes):
+def test_calibration_measures_match_their_definitions(votes):
     confidence = [k / n for k, n, _ in votes]
     correct = torch.tensor([right for _, _, right in votes])
     bins = {}
@@ -271,7 +269,7 @@ def test_calibration_measures_are_their_definitions(votes):
     assert auroc(confidence, correct) == pytest.approx(expected, nan_ok=True)
 
 
-def test_confidences_that_are_none_are_refused():
+def test_invalid_confidences_raise_an_error():
     for confidence, correct in (([1.5], [1]), ([0.5], [2]), ([0.5, 0.5], [1])):
         with pytest.raises(ValueError):
             brier_score(confidence, correct)
@@ -285,7 +283,7 @@ def random_logits(*shape, dtype=torch.double):
     return torch.randn(*shape, generator=generator, dtype=dtype) * 2
 
 
-def test_self_certainty_is_its_definition():
+def test_self_certainty_matches_its_definition():
     logits = random_logits(3, 5, 7)
     pi = logits.softmax(-1)
     V = 7
@@ -326,7 +324,7 @@ def test_adaptive_weights_are_relative_to_the_anchor():
         assert (w[gains >= anchor] == 1).all(), "more pays no more"
 
 
-def test_an_answer_has_earned_what_the_rollouts_that_give_it_have():
+def test_an_answer_earns_the_weights_of_its_rollouts():
     w = torch.tensor([1.0, 0.5, 0.25, 1.0, 0.5, 0.5, 0.0, 0.25], requires_grad=True)
     # Two groups: a number means nothing in the other one.
     answers = torch.tensor([0, 1, 0, 3, 0, 0, 0, 0])
@@ -338,8 +336,8 @@ def test_an_answer_has_earned_what_the_rollouts_that_give_it_have():
     assert len(pool_by_answer(w[:0], answers[:0], 4)) == 0, "a process may have no query"
 
 
-def test_what_each_method_learns_from_its_rollouts():
-    """By hand, for two groups of four; a rollout without an answer has the number -1."""
+def test_advantages_and_earned_shares_of_each_method():
+    """Values are computed by hand for two groups of four. The number -1 means no answer."""
     c = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
     prg = torch.tensor([0.2, 0.05, 0.4, -1.0, 0.1, -1.0, 0.2, 0.3])
     answers = torch.tensor([0, 1, 0, -1, 0, -1, 2, 0])
@@ -367,7 +365,7 @@ def test_what_each_method_learns_from_its_rollouts():
     assert [len(x) for x in learning_signals("hytuning", *[nothing] * 3, 4, 0.2)] == [0, 0]
 
 
-def test_a_query_counts_as_much_as_its_rollouts_have_earned():
+def test_queries_are_weighted_by_their_earned_shares():
     A = torch.tensor([1.0, -1.0, 2.0, -2.0])
     e = torch.tensor([0.2, 0.4, 0.0, 0.1])
     lam = e.mean().item()
@@ -375,15 +373,15 @@ def test_a_query_counts_as_much_as_its_rollouts_have_earned():
     assert weigh_queries(A, torch.zeros(4), 0.0, 2).tolist() == [0] * 4
 
 
-def test_without_any_answer_nothing_is_learned_whatever_the_anchor():
-    """The gate alone would let a little through, and advantages would make it large."""
+def test_advantages_are_0_if_no_rollout_has_an_answer():
+    """The weights would not be exactly 0, and normalization would make small rewards large."""
     none = torch.full((4,), -1)
     for anchor in (-0.5, 0.9):
         A, e = learning_signals("hytuning", torch.rand(4), -torch.ones(4), none, 4, anchor)
         assert A.tolist() == e.tolist() == [0, 0, 0, 0]
 
 
-def test_traces_count_by_their_evidence_in_hytuning_and_support_alone():
+def test_only_hytuning_and_support_weight_traces_by_their_evidence():
     prg = torch.tensor([0.3, 0.1, -0.2])
     p_K = torch.tensor([0.9, 0.8, 0.1])
     assert hytuning.choose_evidence("hytuning", prg, p_K) is prg
@@ -394,13 +392,13 @@ def test_traces_count_by_their_evidence_in_hytuning_and_support_alone():
 
 
 def some_losses():
-    """Log-probabilities of 4 sequences of up to 5 tokens, their mask, advantages."""
+    """Return log-probabilities of 4 sequences of up to 5 tokens, their mask and advantages."""
     logprobs = (-random_logits(4, 5).abs() - 0.1).requires_grad_()
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
     return logprobs, mask.double(), torch.tensor([1.5, -0.5, 0.25, -1.25], dtype=torch.double)
 
 
-def test_losses_and_the_policy_gradient_by_hand():
+def test_losses_and_the_policy_gradient_match_hand_computations():
     logprobs, mask, A = some_losses()
     v = torch.tensor([0.5, 2.0, 0.0, 1.5], dtype=torch.double)
     nll = -(logprobs * mask).sum(1)
@@ -411,14 +409,14 @@ def test_losses_and_the_policy_gradient_by_hand():
     close(distillation_loss(logprobs, v[:, None] * mask, 11), (v * nll).sum() / 11)
     close(rlif, -A.mean())
     close(hytuning_loss(rd, rlif, 0.3), 0.7 * rd + 0.3 * rlif)
-    # The value knows nothing of the policy, but the gradient does; and A has none.
+    # The gradient depends on the policy although the value does not. A has no gradient.
     expected, = torch.autograd.grad(objective, logprobs, retain_graph=True)
     close(*torch.autograd.grad(rlif, logprobs, retain_graph=True), expected)
     assert torch.autograd.grad(rlif, A, allow_unused=True) == (None,)
 
 
-def test_finite_difference_of_the_policy_gradient_through_the_decoder():
-    """In float64, in a random direction of all parameters: the slope of -sum A mean log pi / n."""
+def test_the_policy_gradient_of_the_decoder_matches_a_finite_difference():
+    """The slopes of -sum A mean log pi / n in a random direction are compared in float64."""
     model = tiny().double()
     ids = torch.arange(20).reshape(2, 10) % VOCAB
     A = torch.tensor([1.0, -0.6]).double()
@@ -437,7 +435,7 @@ def test_finite_difference_of_the_policy_gradient_through_the_decoder():
     close(slope, (values[0] - values[1]) / 2e-5, 1e-5)
 
 
-def test_head_logprobs_are_the_plain_computation_in_pieces():
+def test_head_logprobs_in_pieces_match_the_plain_computation():
     hidden = random_logits(1100, 6, dtype=torch.float).requires_grad_()
     targets = torch.arange(1100) % 23
     head = nn.Linear(6, 23, bias=False)
@@ -477,14 +475,14 @@ IDS = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(3))
 
 
 def write_checkpoint(folder, family="Llama", options={}, dtype=torch.float32, **how):
-    """A random tiny model, written by transformers."""
+    """Write a random tiny model with transformers, and return it."""
     tf = transformers()
     sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
                  num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=256)
     torch.manual_seed(0)
     config = getattr(tf, f"{family}Config")(**{**sizes, **options})
     theirs = getattr(tf, f"{family}ForCausalLM")(config).eval()
-    # Away from the ones and zeros that would hide a mistake.
+    # Change the ones and zeros that would hide a mistake.
     for name, p in theirs.named_parameters():
         nn.init.normal_(p, float("norm" in name), 0.3 if p.ndim == 1 else 0.15)
     theirs.to(dtype).save_pretrained(folder, **how)
@@ -492,7 +490,7 @@ def write_checkpoint(folder, family="Llama", options={}, dtype=torch.float32, **
 
 
 def reopened(folder):
-    """Opened by transformers, which must find exactly what it asks for."""
+    """Open a model with transformers, which must find all of its weights and no others."""
     theirs, info = transformers().AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
@@ -500,14 +498,14 @@ def reopened(folder):
 
 
 def edit_json(path, **changes):
-    """With ... for what is to be removed."""
+    """Change fields of a JSON file. A field whose value is ... is removed."""
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @torch.no_grad()
-def test_the_decoder_is_that_of_transformers_there_and_back(name, tmp_path):
+def test_the_decoder_matches_transformers_after_loading_and_saving(name, tmp_path):
     theirs = write_checkpoint(tmp_path / "theirs", *CHECKPOINTS[name])
     ours = load_pretrained(tmp_path / "theirs")
     assert ours.config.context == WINDOWS.get(name, 256)
@@ -526,7 +524,7 @@ def test_the_decoder_is_that_of_transformers_there_and_back(name, tmp_path):
 
 @pytest.mark.parametrize("name", WINDOWS)
 @torch.no_grad()
-def test_past_a_sliding_window_the_decoder_and_generate_refuse(name, tmp_path):
+def test_sequences_longer_than_the_sliding_window_raise_an_error(name, tmp_path):
     theirs = write_checkpoint(tmp_path, *CHECKPOINTS[name])
     ours = load_pretrained(tmp_path)
     longer = IDS[:, :WINDOWS[name] + 1]
@@ -539,8 +537,8 @@ def test_past_a_sliding_window_the_decoder_and_generate_refuse(name, tmp_path):
 
 
 @pytest.mark.parametrize("rope", [dict(rope_type="default", rope_theta=5e3), LLAMA3])
-def test_the_older_spelling_of_a_config_says_the_same(rope):
-    """`rope_theta` and `rope_scaling`, with `type` or `rope_type` in it."""
+def test_an_older_config_gives_the_same_rope_frequencies(rope):
+    """An older config has `rope_theta` and `rope_scaling`, with `type` for `rope_type`."""
     raw = dict(model_type="llama", vocab_size=9, hidden_size=8, intermediate_size=8,
                num_hidden_layers=1, num_attention_heads=1)
     newer = Config.from_dict({**raw, "rope_parameters": rope})
@@ -568,7 +566,7 @@ def test_shards_are_read_and_one_file_is_written(tmp_path):
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     ours = load_pretrained(tmp_path)
     close(ours(IDS), theirs(IDS).logits, 1e-4)
-    # Over their shards, which must not be taken for ours.
+    # Save over the shards, which must not be read any more.
     nn.init.ones_(ours.lm_head.weight)
     save_pretrained(ours, tmp_path)
     for again in (load_pretrained(tmp_path)(IDS), reopened(tmp_path)(IDS).logits):
@@ -576,8 +574,8 @@ def test_shards_are_read_and_one_file_is_written(tmp_path):
 
 
 @torch.no_grad()
-def test_a_head_of_its_own_and_the_end_tokens_are_saved(tmp_path):
-    """Whatever the config says of the head, and in all files where one may look for the tokens."""
+def test_an_untied_head_and_the_end_tokens_are_saved(tmp_path):
+    """config.json may say that the head is tied. Two files must have the end tokens."""
     untied = tiny()
     untied.files["generation_config.json"] = b'{"eos_token_id": 3, "top_k": 5}'
     save_pretrained(untied, tmp_path / "a")
@@ -612,7 +610,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_temporary_file(error, e
     assert (tmp_path / "file").read_text() == "whole"
 
 
-# What config.json says, and what the message must name.
+# Changes to config.json, and what the message must name.
 BAD_CONFIGS = [
     (dict(model_type="gpt2"), "'gpt2'"), (dict(hidden_size=...), "hidden_size"),
     (dict(hidden_size="32"), ""), (dict(vocab_size=10**30), ""), (dict(num_attention_heads=0), ""),
@@ -626,7 +624,7 @@ BAD_CONFIGS = [
 
 
 @pytest.mark.parametrize("changes, named", BAD_CONFIGS)
-def test_a_config_that_is_not_computed_exactly_is_named_in_one_line(changes, named, tmp_path):
+def test_an_unsupported_config_is_named_in_one_line(changes, named, tmp_path):
     save_pretrained(MODEL, tmp_path)
     edit_json(tmp_path / "config.json", **changes)
     with pytest.raises(CheckpointError, match=f"config.json.*{named}") as caught:
@@ -646,7 +644,7 @@ def test_a_config_that_is_not_computed_exactly_is_named_in_one_line(changes, nam
     ("model.safetensors", lambda x: x.replace(b"[61,32]", b"[32,61]"), "size mismatch"),
     ("model.safetensors.index.json", b"{}", "weight_map"),
     ("model.safetensors.index.json", b'{"weight_map": {"a": "model-2.safetensors"}}', "model-2")])
-def test_a_broken_folder_is_named_in_one_line(name, content, named, tmp_path):
+def test_a_broken_checkpoint_is_named_in_one_line(name, content, named, tmp_path):
     folder = tmp_path / "checkpoint, é 漢"
     save_pretrained(MODEL, folder)
     load_pretrained(folder)
@@ -671,8 +669,8 @@ SAMPLING = dict(samples_per_prompt=10, max_new_tokens=50, temperature=1.5, seed=
 
 @pytest.mark.parametrize("vocab, temperature, top_p", [
     (5, 1.0, 1.0), (600, 2.0, 1.0), (40, 0.6, 0.9), (600, 2.0, 0.9), (40, 1.0, 0.05)])
-def test_a_draw_inverts_the_distribution_of_the_smallest_nucleus(vocab, temperature, top_p):
-    """At evenly spaced numbers each token comes up as often as its probability says."""
+def test_draws_follow_the_distribution_of_the_smallest_nucleus(vocab, temperature, top_p):
+    """With evenly spaced numbers, the frequency of each token equals its probability."""
     logits = random_logits(vocab)
     p = (logits / temperature).softmax(-1)
     expected = torch.zeros(vocab, dtype=torch.double)
@@ -687,13 +685,13 @@ def test_a_draw_inverts_the_distribution_of_the_smallest_nucleus(vocab, temperat
 
 
 def watched(logits):
-    """A statistic [2, R] of logits [R, V]."""
+    """Return a statistic [2, R] of logits [R, V]."""
     return torch.stack((self_certainty(logits), logits.amax(-1)))
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.5, 1.0), (1.5, 0.8), (0, 1.0)])
 @torch.no_grad()
-def test_samples_and_their_statistic_are_those_of_passes_without_a_cache(temperature, top_p):
+def test_samples_and_their_statistic_match_passes_without_a_cache(temperature, top_p):
     """Each token is drawn again, from the logits of the whole text and the same random number."""
     sampling = {**SAMPLING, "temperature": temperature}
     n = SAMPLING["max_new_tokens"]
@@ -738,7 +736,7 @@ def test_random_numbers_use_all_bits_of_their_hash():
     assert (u >= 0).all() and (u < 1).all() and u.dtype == torch.float32
 
 
-def test_a_sample_depends_on_its_prompt_its_number_and_the_seed_alone():
+def test_a_sample_depends_only_on_its_prompt_its_number_and_the_seed():
     whole = generate(MODEL, PROMPTS, eos_ids=ENDS, **SAMPLING)
     assert len({tuple(sample) for group in whole for sample in group}) == 50
     alone = [generate(MODEL, [p], eos_ids=ENDS, **SAMPLING)[0] for p in PROMPTS]
@@ -757,14 +755,14 @@ def test_a_sample_depends_on_its_prompt_its_number_and_the_seed_alone():
     dict(prompts=[[1], []]), dict(prompts=[[1], [VOCAB]]), dict(prompts=[[-1]]), dict(top_p=0),
     dict(top_p=1.1), dict(top_p=math.nan), dict(temperature=-1), dict(temperature=math.nan),
     dict(samples_per_prompt=0), dict(max_new_tokens=0)])
-def test_what_cannot_be_sampled_is_refused(wrong):
+def test_invalid_sampling_arguments_raise_an_error(wrong):
     arguments = {**dict(prompts=[[1]], max_new_tokens=1), **wrong}
     with pytest.raises(ValueError):
         generate(MODEL, arguments.pop("prompts"), **arguments)
 
 
 @pytest.mark.parametrize("weight, temperature", [(math.nan, 0), (math.nan, 1), (math.inf, 1)])
-def test_logits_that_are_no_numbers_are_an_error(weight, temperature):
+def test_logits_that_are_not_finite_raise_an_error(weight, temperature):
     model = tiny()
     nn.init.constant_(model.lm_head.weight[7:8], weight)
     with pytest.raises(FloatingPointError):
@@ -773,8 +771,8 @@ def test_logits_that_are_no_numbers_are_an_error(weight, temperature):
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (0, 1.0)])
 @torch.no_grad()
-def test_a_decode_step_needs_no_value_from_the_device(temperature, top_p):
-    """On "meta", which has none: a CUDA graph can hold the step."""
+def test_a_decode_step_reads_no_value_from_the_device(temperature, top_p):
+    """The device "meta" has no values, so a step that runs there suits a CUDA graph."""
     with torch.device("meta"):
         model = tiny()
     s = decoder.Sampler(model, PROMPTS, 4, 20, temperature, top_p, ENDS, ("a", 1), watched)
@@ -789,7 +787,7 @@ def test_a_decode_step_needs_no_value_from_the_device(temperature, top_p):
 # -----------------------------------------------------------------------------
 # data
 
-# By the three rules, as text, as a choice and as a number; then what is in none of them.
+# Pairs that match as text, as a choice or as a number, and then pairs that do not match.
 SAME = r"""
 Yes. ≡ yes   \text{blue} ≡ blue   (0, 1) ≡ ( 0,1 )   caf{e1} ≡ caf{e2}   巴黎。 ≡ 巴黎   ５ ≡ 5
 $\textbf{Paris}$ ≡ Paris   \left( 3, 4 \right) ≡ (3, 4)   “Paris” ≡ Paris
@@ -828,7 +826,7 @@ It is not 5 ≡ 5
 
 
 def pairs(table: str) -> list[list[str]]:
-    """[a, b] of cells "a ≡ b", several spaces or a line's end between them."""
+    """Return [a, b] of each cell "a ≡ b". Two or more spaces or a newline separate cells."""
     return [cell.strip().split(" ≡ ") for cell in re.split(r" {2,}|\n", table) if cell]
 
 
@@ -849,16 +847,16 @@ def test_answers_match(table, same):
     ("答案：", "5", ["答案: 5"]), ("Final answer:", "5", ["**Final Answer**: 5"]),
     ("####", "5", ["so\n#### **5**"]), ("Ответ:", "да", ["ОТВЕТ: да"]),
     ("R\u00e9ponse:", "5", ["Re\u0301ponse: 5"])])
-def test_an_answer_is_the_rest_of_the_last_markers_line(marker, answer, texts):
+def test_an_answer_is_the_rest_of_the_line_after_the_last_marker(marker, answer, texts):
     for text in texts:
         assert data.extract_answer(text, marker) == answer, text
 
 
-def test_the_marker_begins_with_its_stars():
+def test_stars_around_the_marker_belong_to_the_marker():
     assert data.find_answer("So\n**Answer:** 18") == (3, 15, 17)
 
 
-def test_votes_are_counted_whatever_the_spelling():
+def test_votes_are_counted_for_different_spellings():
     assert data.number_answers(["4", "5", "4.0", None, None, "$5"], 3) == [0, 1, 0, -1, -1, 0]
     assert data.number_answers(["5 apples", "5 pears", "5"], 3) == [0, 1, 0], "the first decides"
     assert data.majority(["4", "5", "4.0", None]) == ("4", 0.5)
@@ -905,7 +903,7 @@ PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", 
 
 
 def make(kind: str, special=(), template: str = "", normalizer=None) -> Tokenizer:
-    """A tokenizer of single characters; "bos" or "bos and end" are what its post-processor adds."""
+    """Return a tokenizer of single characters. Its post-processor has the given template."""
     if kind == "bytes":
         tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(BYTES)}, []))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -933,7 +931,7 @@ def make(kind: str, special=(), template: str = "", normalizer=None) -> Tokenize
 
 
 def write_tokenizer(folder, *arguments, jinja=None, normalizer=None, **config):
-    """Write a tokenizer as a checkpoint has it: tokenizer.json, its config, chat_template.jinja."""
+    """Write tokenizer.json, its config and chat_template.jinja as in a checkpoint."""
     make(*arguments, normalizer=normalizer).save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -944,7 +942,7 @@ def write_tokenizer(folder, *arguments, jinja=None, normalizer=None, **config):
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """(arguments of write_tokenizer) -> Text; CHATML brings its template."""
+    """Return a function from arguments of write_tokenizer to Text. CHATML sets a template."""
     def build(*arguments, eos_ids=(), max_reasoning_steps=16, **config):
         if CHATML in arguments:
             config.setdefault("chat_template", CHATML_TEMPLATE)
@@ -961,7 +959,7 @@ def build(tmp_path_factory):
     (["<s>", *CHATML], "<s> $A", CHATML_TEMPLATE, "<s>"),
     (["<s>", *CHATML], "<s> $A", "{{ bos_token }}" + CHATML_TEMPLATE, "<s>"),
     (BOS_EOS, "<s> $A", MISTRAL_TEMPLATE, "<s>")])
-def test_a_prompt_is_what_transformers_makes_of_the_chat_template(
+def test_a_prompt_matches_the_chat_template_of_transformers(
         kind, special, post, template, bos, tmp_path):
     folder = write_tokenizer(tmp_path, kind, special, post, chat_template=template, bos_token=bos,
                               eos_token={"content": special[-1], "__type": "AddedToken"})
@@ -988,7 +986,7 @@ def test_a_chat_template_is_found_in_each_of_its_places(place, build):
     ("{{ messages[0].role }}", "user's message"), ("{{ ''.__class__.__mro__ }}", "unsafe"),
     ("{{ messages.append(1) }}", "unsafe"), ([{"name": "rag", "template": "x"}], "default"),
     ("{{ messages[0].content + 1 }}", "str")])
-def test_a_chat_template_that_cannot_be_used_is_named(template, reason, build, tmp_path):
+def test_an_unusable_chat_template_is_named(template, reason, build, tmp_path):
     with pytest.raises(data.DataError, match=f"tokenizer_config.json .*{reason}"):
         build("bytes", CHATML, chat_template=template)
     if isinstance(template, str):
@@ -997,7 +995,7 @@ def test_a_chat_template_that_cannot_be_used_is_named(template, reason, build, t
         assert "\n" not in str(caught.value)
 
 
-def test_a_turn_without_an_end_token_ends_with_the_models_own(build):
+def test_a_template_without_an_end_token_uses_the_models_own(build):
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     assert build("bytes", CHATML, chat_template=template, eos_ids=[7, 8]).end == 7
 
@@ -1029,7 +1027,7 @@ def test_a_folder_without_a_template_gets_plain_text(build):
 
 
 @pytest.mark.parametrize("kind", ["first", "always", "prepend"])
-def test_a_response_is_encoded_as_it_stands_behind_the_prompt(kind, build):
+def test_a_response_is_encoded_as_it_follows_the_prompt(kind, build):
     text = build(kind, ["<s>", "</s>"], "<s> $A", eos_ids=[2])
     prompt, response = text.prompt("9?"), text.response("9 + 9 = 18", "18")
     assert response[0] == text.tokenizer.token_to_id("9")
@@ -1072,7 +1070,7 @@ def test_without_an_answer_there_are_no_steps(before, response, after, build):
 
 @pytest.mark.parametrize("form", [normalizers.NFC(), normalizers.NFD(), normalizers.Lowercase()])
 @pytest.mark.parametrize("answer", ["caf\u00e9", "cafe\u0301", "2\u00bd", "\u22125", "Åland"])
-def test_a_traces_answer_is_its_gold_whatever_the_normalizer(form, answer, build, tmp_path):
+def test_an_answer_matches_its_gold_answer_with_any_normalizer(form, answer, build, tmp_path):
     text = build("bytes", CHATML, normalizer=form)
     text.marker = "R\u00e9ponse:"
     path = write_lines(tmp_path / "a.jsonl", {"prompt": "p", "reasoning": "r", "answer": answer})
@@ -1096,7 +1094,7 @@ def write_lines(path, *lines):
     return path
 
 
-def test_records_in_gsm8ks_form(tmp_path, build):
+def test_records_in_gsm8k_format_are_read(tmp_path, build):
     gsm8k = {"question": "How many?", "answer": "9 + 9 = <<9+9=18>>18\n#### 18"}
     path = write_lines(tmp_path / "a.jsonl", "\ufeff" + json.dumps(gsm8k), "\r",
                        {"prompt": "And?", "reasoning": "  one\n\n two\u2028", "answer": 3})
@@ -1150,7 +1148,7 @@ def test_a_bad_line_is_named(line, tmp_path, build):
     assert "\n" not in str(caught.value)
 
 
-def test_traces_in_words_that_the_tokenizer_does_not_know_are_refused(tmp_path, toy):
+def test_traces_with_mostly_unknown_words_raise_an_error(tmp_path, toy):
     folder, text = toy
     path = write_lines(tmp_path / "a.jsonl", {**WHOLE, "reasoning": "It rains.", "answer": "yes"})
     with pytest.raises(data.DataError, match="a.jsonl line 1: .* does not know most"):
@@ -1158,7 +1156,7 @@ def test_traces_in_words_that_the_tokenizer_does_not_know_are_refused(tmp_path, 
     assert len(data.load_labeled(folder / "labeled.jsonl", text, 500, 500)[0]) == 64
 
 
-def test_a_missing_prompt_is_called_prompt():
+def test_a_missing_prompt_is_named():
     with pytest.raises(data.DataError, match="'prompt' is missing"):
         data.text_field({"promt": "p"}, "prompt", "a.jsonl line 1")
     with pytest.raises(data.DataError, match="'question' is missing"):
@@ -1181,7 +1179,7 @@ ODD = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b"}", b'"', b"\\ud800", b"\r",
        b"9" * 9999, b"<<" * 9999, b"null", b'"answer": "Answer: x"', "\ufdd0 \u2028é".encode()]
 
 
-def test_hostile_files_end_in_records_or_in_one_sentence(tmp_path, build):
+def test_corrupted_files_give_records_or_a_one_line_error(tmp_path, build):
     text, rng, outcomes = build("bytes", CHATML), random.Random(0), Counter()
     for _ in range(60):
         content = RECORDS
@@ -1224,7 +1222,7 @@ def test_the_toys_trace_is_cut_at_its_lines(toy):
 
 
 def statements(task, reasoning) -> list[tuple[int, int]]:
-    """(finding, condition) of each line of a trace: "1 zotizi suggests deguli"."""
+    """Return (finding, condition) of each line of a trace: "1 zotizi suggests deguli"."""
     lines = [line.split() for line in reasoning.splitlines()]
     return [(task.findings.index(line[1]), task.conditions.index(line[3])) for line in lines]
 
@@ -1267,7 +1265,7 @@ def test_careless_authors_err_share_misconceptions_and_jump_in_urgent_queries():
     assert 0.2 < wrong / len(popular) < 0.5
 
 
-def test_the_toys_files_are_disjoint_and_a_function_of_the_seed(toy, tmp_path):
+def test_the_toys_files_are_disjoint_and_depend_only_on_the_seed(toy, tmp_path):
     names = ("labeled.jsonl", "unlabeled.jsonl", "eval.jsonl")
     prompts = [{record["prompt"] for _, record in data.read_jsonl(toy[0] / name)} for name in names]
     assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2] or prompts[1] & prompts[2])
@@ -1286,24 +1284,24 @@ HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 SMALL = ["--max_eval", 4, "--eval_samples", 2, "--show", 0, "--max_prompt_tokens", 64,
          "--max_new_tokens", 40, "--device", "cpu"]
-SHORT = [*SMALL, "--max_labeled", 16, "--queries_per_step", 2, "--group_size", 2, "--tokens_per_batch", 512,
-         "--steps", 1]
+SHORT = [*SMALL, "--max_labeled", 16, "--queries_per_step", 2, "--group_size", 2,
+         "--tokens_per_batch", 512, "--steps", 1]
 
 
 def run(cwd, *words):
-    """`python ...` in cwd."""
+    """Run `python ...` in cwd."""
     return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=ENVIRONMENT, text=True,
                           capture_output=True, timeout=300)
 
 
 def outcome(out) -> tuple[list[dict], dict]:
-    """(lines of metrics.jsonl, final weights)"""
+    """Return (lines of metrics.jsonl, final weights)."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return lines, load_file(out / "model" / "model.safetensors")
 
 
 def flat(result: dict) -> dict:
-    """An evaluation as a flat dictionary of numbers, which approx compares."""
+    """Return an evaluation as a flat dictionary of numbers, which approx can compare."""
     numbers = {}
     for name, value in result.items():
         if name in ("sample", "vote"):
@@ -1323,7 +1321,7 @@ def files_of(folder) -> list:
 
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
-    """The default run, shorter, with a learning rate that lets few steps show: (folder, output)."""
+    """Do a short default run with a high learning rate, and return (folder, output)."""
     cwd = tmp_path_factory.mktemp("run")
     done = run(cwd, train.__file__, "--steps", 10, "--lr", 1e-3, "--show", 1, "--max_eval", 40,
                "--eval_samples", 4, "--device", "cpu")
@@ -1333,7 +1331,7 @@ def toy_run(tmp_path_factory):
 
 @pytest.fixture
 def trainer_for(toy_run):
-    """(more arguments) -> a Trainer in this process; they may replace those for the toy."""
+    """Return a function that makes a Trainer for the toy with more arguments."""
     def build(*more):
         argv = [*files_of(toy_run[0] / "out/toy"), *SHORT, *more]
         args = train.parse_arguments([str(word) for word in argv])
@@ -1351,7 +1349,7 @@ def evaluated(trainer) -> dict:
     return train.evaluate(held_out, train.answer_held_out(trainer, held_out))
 
 
-def test_the_default_run_learns_and_says_how(toy_run):
+def test_the_default_run_improves_accuracy_and_prints_an_example(toy_run):
     out = toy_run[0] / "out/run"
     lines, _ = outcome(out)
     assert [line["step"] for line in lines] == list(range(1, 11))
@@ -1365,7 +1363,7 @@ def test_the_default_run_learns_and_says_how(toy_run):
 
 
 def test_the_saved_model_is_complete(toy_run, tmp_path, monkeypatch):
-    """It is evaluated alike when loaded again, and transformers opens it, tokenizer and all."""
+    """The loaded model has the same evaluation, and transformers opens it and its tokenizer."""
     cwd = toy_run[0]
     folder = tmp_path / "a b é 漢"
     shutil.copytree(cwd / "out/run/model", folder)
@@ -1387,14 +1385,14 @@ def test_the_saved_model_is_complete(toy_run, tmp_path, monkeypatch):
 
 
 def test_the_end_token_stays_the_first_of_several(trainer_for, toy_run, tmp_path):
-    """A run that starts from what another one saved must teach the same end."""
+    """A run that starts from a saved model must train with the same end token."""
     shutil.copytree(toy_run[0] / "out/toy", tmp_path / "toy")
     edit_json(tmp_path / "toy" / "generation_config.json", eos_token_id=[1, 0])
     trainer = trainer_for("--model", tmp_path / "toy")
     assert trainer.text.end == 1 and trainer.model.eos_ids == (1, 0)
 
 
-def test_a_judge_that_finds_little_gain_in_the_traces_is_warned_of(trainer_for, tmp_path, capsys):
+def test_a_low_anchor_gives_a_warning(trainer_for, tmp_path, capsys):
     trainer = trainer_for("--steps", 0, "--out", tmp_path)
     train.train(trainer, None, None)
     assert "warning" not in capsys.readouterr().out
@@ -1404,8 +1402,8 @@ def test_a_judge_that_finds_little_gain_in_the_traces_is_warned_of(trainer_for, 
     assert "warning" in said and trainer.args.model in said and "--method rd" in said
 
 
-def test_a_trace_counts_as_its_lines_earn_its_answer(toy_run, trainer_for, tmp_path):
-    """By its own PRG under the starting model, which stays what it was, and in hytuning alone."""
+def test_traces_are_weighted_by_their_prg(toy_run, trainer_for, tmp_path):
+    """The PRG is that under the frozen starting model. In rd, all weights are 1."""
     start = load_pretrained(toy_run[0] / "out/toy")
     path = toy_run[0] / "out/toy/data-0/labeled.jsonl"
     records = [record for _, record in data.read_jsonl(path, 16)]
@@ -1427,8 +1425,8 @@ def test_a_trace_counts_as_its_lines_earn_its_answer(toy_run, trainer_for, tmp_p
 
 
 @torch.no_grad()
-def test_what_the_sampler_saw_stands_beside_its_sample(trainer_for):
-    """Though prompts are sampled by length, a few at a time."""
+def test_self_certainty_is_returned_with_its_own_sample(trainer_for):
+    """Prompts are sorted by length and sampled in batches, but results have the given order."""
     trainer = trainer_for("--rollouts_per_batch", 6)
     prompts = [trainer.queries[0][:n] for n in (30, 5, 20)]
     rollouts, certainty = trainer.sample(prompts, 3, seed=0)
@@ -1439,15 +1437,15 @@ def test_what_the_sampler_saw_stands_beside_its_sample(trainer_for):
 
 
 def watch(trainer):
-    """Take a step; (its line, rollouts, A, lambda): what was sampled and made of it."""
+    """Take a step, and return (its line, rollouts, A, lambda)."""
     with patch.object(trainer, "update", wraps=trainer.update) as update:
         line = trainer.step()
     return line, *update.call_args.args[:3]
 
 
 @pytest.mark.parametrize("method", train.METHODS[1:])
-def test_a_step_makes_of_its_rollouts_what_the_method_says(method, trainer_for):
-    """Everything by definition, with a pass for each text: PRG, w, c, r, A, lambda."""
+def test_a_step_matches_the_definition_of_each_method(method, trainer_for):
+    """PRG, w, c, r, A and lambda are computed by definition, with a pass for each text."""
     trainer = trainer_for("--group_size", 4, "--queries_per_step", 3, "--method", method)
     line, rollouts, A, lam = watch(trainer)
     text, judge = trainer.text, trainer.judge  # the model has not been trained before
@@ -1493,7 +1491,7 @@ def test_a_step_makes_of_its_rollouts_what_the_method_says(method, trainer_for):
 
 
 def update(trainer, rollouts, A, lam):
-    """(L_RD, norm) of an update and, by name, the gradient that the optimizer is given."""
+    """Return (L_RD, norm) of an update, and the gradient of each parameter by name."""
     gradient = {}
 
     def note():
@@ -1507,8 +1505,8 @@ def update(trainer, rollouts, A, lam):
 @pytest.mark.parametrize("lam, zeros, more", [
     (0.3, [1, 5], []), (0.3, [0, 1, 2, 3, 4], ["--checkpoint_activations"]), (1.0, [2], []),
     (0.0, [], []), (0.6, range(8), []), (1.0, range(8), [])])
-def test_an_update_has_the_gradient_of_plain_passes_over_all_texts(lam, zeros, more, trainer_for):
-    """Packed, in several batches, and without the rollouts whose advantage is 0."""
+def test_the_gradient_of_an_update_matches_separate_passes(lam, zeros, more, trainer_for):
+    """The update packs texts in several batches, without rollouts whose advantage is 0."""
     trainer = trainer_for("--max_grad_norm", 1e9, *more)
     rollouts, _ = trainer.sample(trainer.queries[:2], 4, seed=0)
     A = torch.linspace(-1, 1.4, 8, dtype=torch.double)
@@ -1544,12 +1542,12 @@ def test_a_run_in_bfloat16_stays_near_float32(trainer_for):
 
 
 def repeated(folder) -> Path:
-    """Five questions for an evaluation, of which two are listed twice and one three times."""
+    """Write five questions for an evaluation, two of them twice and one three times."""
     records = [record for _, record in data.read_jsonl(folder / "eval.jsonl", 5)]
     return write_lines(folder / "repeated.jsonl", *records, *records[:3], records[2])
 
 
-def test_an_evaluation_is_its_definition_whatever_the_batches(toy_run, trainer_for):
+def test_an_evaluation_matches_its_definition_for_any_batch_size(toy_run, trainer_for):
     path = repeated(toy_run[0] / "out/toy/data-0")
     trainer = trainer_for("--eval", path, "--max_eval", 0, "--eval_samples", 6)
     result = evaluated(trainer)
@@ -1604,7 +1602,7 @@ def test_results_are_printed_as_a_table_and_diagrams_to_scale(capsys):
 
 
 def test_random_numbers_are_never_used_twice(trainer_for):
-    """Neither by the evaluation and the training, at seed 0, nor by two steps."""
+    """Evaluation and training use different numbers, and so do two steps."""
     trainer = trainer_for("--queries_per_step", 1, "--rollouts_per_batch", 1000)
     with patch.object(train, "generate", wraps=generate) as calls:
         evaluated(trainer)
@@ -1616,8 +1614,8 @@ def test_random_numbers_are_never_used_twice(trainer_for):
     assert len(set(streams)) == 3
 
 
-def test_an_epoch_is_a_shuffle_of_its_own_for_traces_and_queries(trainer_for):
-    """Of 31 items in 3 batches of 10, dealt out to 3 processes."""
+def test_each_epoch_shuffles_traces_and_queries_independently(trainer_for):
+    """An epoch has 3 batches of 10 of the 31 items, which are divided among 3 processes."""
     trainer = trainer_for()
     trainer.world_size = 3
     orders = set()
@@ -1631,7 +1629,7 @@ def test_an_epoch_is_a_shuffle_of_its_own_for_traces_and_queries(trainer_for):
     assert len(orders) == 4
 
 
-def test_a_run_in_a_thread_and_the_signals_after_one(toy_run, tmp_path):
+def test_a_run_works_in_a_thread_and_restores_signal_handlers(toy_run, tmp_path):
     argv = [*files_of(toy_run[0] / "out/toy"), *SHORT, "--out", tmp_path]
     argv = [str(word) for word in argv]
     thread = threading.Thread(target=train.main, args=(argv,))
@@ -1659,7 +1657,7 @@ def test_an_out_that_cannot_be_written_ends_before_the_first_evaluation(out, toy
     ("--max_steps 9", "--max_steps"), ("--lr nan", "--lr"), ("--lr much", "--lr"),
     ("--steps -1", "--steps"), ("--group_size 1", "--group_size"), ("--marker \n", "--marker"),
     ("--lerning_rate 1", "--lerning_rate"), ("--method magic", "--method"), ("--step 1", "--step")])
-def test_a_bad_command_line_ends_with_a_sentence_that_names_it(arguments, named, capsys):
+def test_a_bad_argument_is_named(arguments, named, capsys):
     with pytest.raises(SystemExit) as caught:
         train.parse_arguments(arguments.split(" "))
     assert caught.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]
@@ -1669,7 +1667,7 @@ def test_a_bad_command_line_ends_with_a_sentence_that_names_it(arguments, named,
     (["--model", "nowhere"], "nowhere/config.json"), (["--labeled", "none.jsonl"], "none.jsonl"),
     (["--labeled", "bad.jsonl"], "bad.jsonl line 1"), (["--max_new_tokens", 65], "--max_new"),
     (["--out", "out", "--model", "out/model"], "another --out"), (["--model", "nan"], "finite")])
-def test_a_run_that_cannot_be_done_ends_with_one_line_and_status_2(more, named, toy_run, tmp_path):
+def test_an_invalid_run_ends_with_one_line_and_status_2(more, named, toy_run, tmp_path):
     shutil.copytree(toy_run[0] / "out/toy", tmp_path / "nan")
     weights = load_file(tmp_path / "nan/model.safetensors")
     broken = {name: math.nan * weight for name, weight in weights.items()}
@@ -1699,7 +1697,7 @@ def test_a_fresh_start_removes_the_checkpoint_of_an_earlier_run(toy_run, tmp_pat
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_ctrl_c_while_the_toy_is_built_leaves_no_trace(tmp_path):
+def test_ctrl_c_while_the_toy_is_built_leaves_no_files(tmp_path):
     child = subprocess.Popen([sys.executable, train.__file__], cwd=tmp_path, env=ENVIRONMENT,
                              stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob("out/toy.*.tmp/tokenizer.json")):
@@ -1711,7 +1709,7 @@ def test_ctrl_c_while_the_toy_is_built_leaves_no_trace(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_full_disk_ends_in_one_sentence_and_keeps_the_old_checkpoint(toy_run, tmp_path):
+def test_a_full_disk_gives_a_one_line_error_and_keeps_the_old_checkpoint(toy_run, tmp_path):
     resource = pytest.importorskip("resource")
     argv = [*files_of(toy_run[0] / "out/toy"), *SHORT, "--out", tmp_path / "out"]
     assert run(tmp_path, train.__file__, *argv).returncode == 0
@@ -1745,7 +1743,7 @@ import hashlib, json, os, signal, sys
 import train
 
 class Hashed(train.Trainer):
-    # Notes a hash of all weights after each step.
+    # Writes a hash of all weights after each step.
     def step(self):
         line = super().step()
         weights = b"".join(p.detach().numpy().tobytes() for p in self.model.parameters())
@@ -1754,13 +1752,13 @@ class Hashed(train.Trainer):
         return line
 
 class Disarmed(Hashed):
-    # The classic mistake: the loss goes round DDP, which then exchanges nothing.
+    # A common mistake: the loss bypasses DDP, so gradients are not synchronized.
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.policy = self.policy.module
 
 class Struck(Hashed):
-    # The last process is sent a signal as step 4 begins.
+    # Sends a signal to the last process when step 4 begins.
     def step(self):
         if self.steps_done == 3 and self.rank == self.world_size - 1:
             os.kill(os.getpid(), self.signal)
@@ -1787,7 +1785,7 @@ for name, argv in json.loads(sys.argv[1]):
 if len(world) and world[0][1] > 1:
     leave()
 """
-# Shares that are not even, and too few queries and traces for all.
+# In UNEVEN, processes have different shares. In IDLE, some have no query and no trace.
 UNEVEN = ["--queries_per_step", 3, "--group_size", 4, "--traces_per_step", 5, "--steps", 5]
 IDLE = ["--queries_per_step", 1, "--group_size", 3, "--traces_per_step", 1, "--steps", 3,
         "--max_eval", 2]
@@ -1795,7 +1793,7 @@ RESUMED = [*UNEVEN, "--resume"]
 
 
 def drive(cwd, processes, *runs):
-    """The runs (class of trainer, out, arguments) in one set of processes."""
+    """Do the runs (class of trainer, out, arguments) in one set of processes."""
     (cwd / "driver.py").write_text(DRIVER)
     common = [*files_of(Path("out/toy")), "--eval", "out/toy/data-0/repeated.jsonl", *SMALL,
               "--max_eval", 0, "--save_every", 2, "--lr", 2e-4, "--dtype", "float32"]
@@ -1810,7 +1808,7 @@ def drive(cwd, processes, *runs):
 
 @pytest.fixture(scope="module")
 def worlds(toy_run):
-    """The same runs by 1, 2 and 3 processes, also cut short and gone on with: (folder, stderr)."""
+    """Do the same runs with 1, 2 and 3 processes. Some are interrupted and resumed."""
     cwd = toy_run[0]
     repeated(cwd / "out/toy/data-0")
     said = {}
@@ -1838,8 +1836,8 @@ def hashes(out, name, processes) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", ["uneven-2", "uneven-3", "idle-2", "idle-3", "moved-3"])
-def test_any_number_of_processes_makes_the_run_of_one(name, worlds):
-    """To rounding; in one run 3 processes continue from the checkpoint of 2."""
+def test_any_number_of_processes_gives_the_same_run(name, worlds):
+    """Results agree up to rounding. In moved-3, 3 processes resume a checkpoint of 2."""
     one = worlds[0] / ("idle-1" if "idle" in name else "uneven-1")
     lines, weights = outcome(one)
     theirs, their_weights = outcome(worlds[0] / name)
@@ -1864,16 +1862,16 @@ def test_all_processes_hold_the_same_weights_after_every_step(name, steps, world
     assert all(other == first for other in others)
 
 
-def test_a_loss_that_goes_round_ddp_is_seen(worlds):
-    """What the test above would say if DDP were not armed."""
+def test_a_loss_that_bypasses_ddp_is_detected(worlds):
+    """This shows that the test above fails if gradients are not synchronized."""
     first, second = hashes(worlds[0], "disarmed-2", 2)
     assert len(first) == 5 and not set(first) & set(second)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("name", ["killed", "stopped"])
-def test_a_run_that_was_cut_short_goes_on_bit_for_bit(name, processes, worlds):
-    """SIGKILL loses the steps since the last checkpoint; after SIGTERM step 4 ends and is saved."""
+def test_an_interrupted_run_resumes_bit_for_bit(name, processes, worlds):
+    """SIGKILL loses the steps since the last checkpoint. After SIGTERM, step 4 is saved."""
     out, said = worlds
     lines, weights = outcome(out / f"uneven-{processes}")
     found, found_weights = outcome(out / f"{name}-{processes}")
@@ -1902,15 +1900,16 @@ def test_a_damaged_checkpoint_is_named(trainer_for, tmp_path):
 
 @pytest.mark.parametrize("more, named", [
     (["--lr", 1], "--lr"), (["--group_size", 3], "--group_size"), (["--seed", 1], "--seed")])
-def test_a_run_resumed_with_other_settings_is_refused_by_name(more, named, worlds, monkeypatch):
+def test_resuming_with_other_settings_names_the_setting(more, named, worlds, monkeypatch):
     monkeypatch.chdir(worlds[0].parent)
     argv = [*files_of(Path("out/toy")), "--eval", "out/toy/data-0/repeated.jsonl", *SMALL,
-            "--max_eval", 0, "--lr", 2e-4, "--dtype", "float32", "--out", "out/uneven-1", *RESUMED, *more]
+            "--max_eval", 0, "--lr", 2e-4, "--dtype", "float32", "--out", "out/uneven-1",
+            *RESUMED, *more]
     with pytest.raises(train.UsageError, match=named):
         train.main([str(word) for word in argv])
 
 
-def test_a_run_resumed_with_changed_data_is_refused_by_the_name_of_the_file(toy_run, tmp_path):
+def test_resuming_with_changed_data_names_the_file(toy_run, tmp_path):
     shutil.copytree(toy_run[0] / "out/toy/data-0", tmp_path / "data-0")
     argv = ["--model", toy_run[0] / "out/toy", *files_of(tmp_path)[2:], *SHORT, "--out", tmp_path]
     argv = [str(word) for word in argv]
@@ -1928,8 +1927,8 @@ README = (HERE / "README.md").read_text()
 PYTHON = re.findall(r"```python\n# ([\w. ]+)\n(.*?)```", README, re.S)
 BASH = [block for block in re.findall(r"```bash\n(.*?)```", README, re.S)
         if "train.py" in block and "pytest" not in block]
-# Stands for python, torchrun and pip: the words as printed, then what makes a run short; two
-# processes for eight GPUs, one machine for two.
+# This program replaces python, torchrun and pip. It shortens a run, and uses two processes for
+# eight GPUs and one machine for two.
 STAND_IN = """
 import os, sys
 name, *words = sys.argv[1:]
@@ -1941,7 +1940,7 @@ if name != "pip":
 """
 
 
-# Calls the reward for TRL with two rollouts of a right answer, one of a wrong one, one cut off.
+# Calls the reward for TRL with two right rollouts, one wrong one and one that is cut off.
 CALL_REWARD = """
 import json
 first = json.loads(open("labeled.jsonl").readline())
@@ -1954,8 +1953,8 @@ print(rewards)
 
 
 @pytest.mark.parametrize("files, example", PYTHON, ids=[files for files, _ in PYTHON])
-def test_a_piece_of_the_readme_works_alone(files, example, toy_run, tmp_path):
-    """The example, as printed, in a folder with the files that it names and a checkpoint."""
+def test_a_python_example_of_the_readme_works_alone(files, example, toy_run, tmp_path):
+    """The example runs as printed in a folder with the files it names and a checkpoint."""
     if "transformers" in example:
         transformers()
     shutil.copytree(toy_run[0] / "out/run/model", tmp_path / "checkpoint")
@@ -1970,7 +1969,7 @@ def test_a_piece_of_the_readme_works_alone(files, example, toy_run, tmp_path):
 
 @pytest.mark.parametrize("block", BASH, ids=[" ".join(block.split())[:60] for block in BASH])
 def test_a_command_of_the_readme_works(block, toy_run, tmp_path):
-    """As printed, in a folder with the project, and with models and data of the names it gives."""
+    """The command runs as printed in a folder with the project and the files that it names."""
     for path in [*HERE.glob("*.py"), HERE / "requirements.txt"]:
         shutil.copy(path, tmp_path)
     toy = toy_run[0] / "out/toy"

@@ -1,18 +1,18 @@
-"""Train with HyTuning. To see the method in action, start at `Trainer.step`.
+"""Train a model with HyTuning. The method itself is in `Trainer.step`.
 
     python train.py                                     # the toy task, about a minute
     python train.py --model FOLDER --labeled a.jsonl --unlabeled b.jsonl --eval c.jsonl
     torchrun --nproc_per_node=8 train.py --model ...    # the same on eight GPUs
 
-Before training, the starting model judges the supervised traces: their mean PRG is the anchor a,
-and the PRG of each decides how much it counts (v). Every step then does the following:
+Before training, the PRG of each supervised trace is computed under the starting model. The mean
+PRG is the anchor a, and the PRG of a trace sets its weight v. Every step then does the following:
 
-    1. Sample a group of G rollouts for each unlabeled query, and note their certainty c.
-    2. Judge them: the PRG of each rollout under the frozen starting model.
-    3. Weigh the rollouts by their PRG (w).
-    4. Pool by answer: rewards r and earned shares e.
-    5. Compute the advantages A and the mix: lambda and the share of each query in it.
-    6. Make one update on (1 - lambda) L_RD + lambda L_RLIF.
+    1. Sample a group of G rollouts for each unlabeled query, and compute their self-certainty c.
+    2. Compute the PRG of each rollout under the frozen starting model.
+    3. Compute the weight w of each rollout from its PRG.
+    4. Pool the rollouts that give the same answer into rewards r and earned shares e.
+    5. Compute the advantages A, lambda, and the share of each query in lambda.
+    6. Take one optimizer step on (1 - lambda) L_RD + lambda L_RLIF.
 
 SPDX-License-Identifier: MIT
 """
@@ -46,7 +46,7 @@ from model import (CheckpointError, Config, Decoder, atomic_write, generate, loa
 
 
 class UsageError(ValueError):
-    """A run that cannot be done as asked. The message is one sentence that says what to do."""
+    """The run cannot be done. The message says in one sentence what is wrong and what to do."""
 
 
 # -----------------------------------------------------------------------------
@@ -54,10 +54,10 @@ class UsageError(ValueError):
 
 METHODS = ("rd", "rlif", "static", "votes", "support", "hytuning")
 
-# The files that a method learns from, where it does not need both.
+# The training files of the methods that do not need both.
 LEARNS_FROM = {"rd": ("labeled",), "rlif": ("unlabeled",)}
 
-# Settings that may differ between a run and its resumption.
+# Settings that may change when a run is resumed.
 MAY_CHANGE = ("steps", "out", "resume", "save_every", "show", "device", "tokens_per_batch",
               "rollouts_per_batch", "checkpoint_activations")
 
@@ -75,27 +75,27 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
     add = parser.add_argument_group("model and data").add_argument
     add("--model", help="folder of a Hugging Face checkpoint (default: the toy task)")
-    add("--labeled", help='JSONL of supervised traces: {"prompt", "reasoning", "answer"}, or GSM8K')
-    add("--unlabeled", help='JSONL of queries: {"prompt"}; answers are ignored')
-    add("--eval", help='JSONL of held-out queries: {"prompt", "answer"}')
-    add("--max_labeled", type=int, help="at most this many traces (default: all; toy: 16)")
+    add("--labeled", help='JSONL file of {"prompt", "reasoning", "answer"}, or of GSM8K records')
+    add("--unlabeled", help='JSONL file of queries, {"prompt"}; answers are ignored')
+    add("--eval", help='JSONL file of held-out queries, {"prompt", "answer"}')
+    add("--max_labeled", type=int, help="use at most this many traces (default: all; toy: 16)")
     add("--max_unlabeled", type=int, default=0, help="use at most this many queries (default: all)")
-    add("--max_eval", type=int, default=0, help="at most this many held-out queries (default: all)")
+    add("--max_eval", type=int, default=0, help="use at most this many of --eval (default: all)")
     add("--max_prompt_tokens", type=int, help="skip longer prompts (default: 512; toy: 64)")
-    add("--max_new_tokens", type=int, help="length of a response (default: 512; toy: 48)")
-    add("--marker", default=data.MARKER, help="what introduces the answer (default: %(default)s)")
+    add("--max_new_tokens", type=int, help="maximum tokens of a response (default: 512; toy: 48)")
+    add("--marker", default=data.MARKER, help="text before the answer (default: %(default)s)")
     add("--max_reasoning_steps", type=int, default=16,
-        help="for PRG, more lines than these are merged (default: %(default)s)")
+        help="merge lines to have at most this many steps for PRG (default: %(default)s)")
 
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="hytuning",
-        help="rd: supervised traces only; rlif: self-certainty only; static: both, half each; "
-             "votes: certainty pooled by answer, adaptive lambda; hytuning: votes weighted by PRG; "
-             "support: votes weighted by final support, a control (default: %(default)s)")
-    add("--queries_per_step", type=int, default=16, help="of all processes (default: %(default)s)")
-    add("--group_size", type=int, default=8, help="G, rollouts of a query (default: %(default)s)")
-    add("--traces_per_step", type=int, default=16, help="of all processes (default: %(default)s)")
-    add("--tau", type=float, default=0.5, help="softness of the weight w (default: %(default)s)")
+        help="rd: supervised traces only; rlif: self-certainty only; static: half rd, half rlif; "
+             "votes: self-certainty pooled by answer, adaptive lambda; hytuning: votes, weighted "
+             "by PRG; support: a control, weighted by final support (default: %(default)s)")
+    add("--queries_per_step", type=int, default=16, help="for all processes (default: %(default)s)")
+    add("--group_size", type=int, default=8, help="G, rollouts per query (default: %(default)s)")
+    add("--traces_per_step", type=int, default=16, help="for all processes (default: %(default)s)")
+    add("--tau", type=float, default=0.5, help="temperature of the weight w (default: %(default)s)")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=int, default=100, help="training steps (default: %(default)s)")
@@ -107,18 +107,18 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--out", default="out/run", help="folder for all results (default: %(default)s)")
     add("--resume", action="store_true", help="continue from the checkpoint in --out")
     add("--eval_only", action="store_true", help="evaluate --model without training")
-    add("--eval_samples", type=int, default=8, help="of a held-out query (default: %(default)s)")
+    add("--eval_samples", type=int, default=8, help="samples per query (default: %(default)s)")
     add("--save_every", type=int, default=20, help="steps between saves (default: %(default)s)")
     add("--show", type=int, default=3, help="examples to print at the end (default: %(default)s)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--dtype", choices=("float32", "bfloat16"),
-        help="of the forward pass (default: bfloat16 on a GPU, float32 on a CPU)")
+        help="data type of the forward pass (default: bfloat16 on a GPU, float32 on a CPU)")
     add("--tokens_per_batch", type=int,
-        help="of a forward pass, padding included (default: GPU 16384, CPU 1024, toy 4096)")
+        help="per forward pass, with padding (default: 16384 on a GPU, 1024 on a CPU; toy: 4096)")
     add("--rollouts_per_batch", type=int, default=512,
-        help="sampled at a time by each process (default: %(default)s)")
+        help="rollouts that a process samples at a time (default: %(default)s)")
     add("--checkpoint_activations", action="store_true",
-        help="recompute activations in the backward pass: less memory, a third more time")
+        help="recompute activations in the backward pass to save memory; takes a third more time")
 
     args = parser.parse_args(argv)
     check_arguments(args, parser)
@@ -137,12 +137,12 @@ def check_arguments(args, parser):
         if is_number and not (0 < value < math.inf or value == 0 and name in may_be_0):
             parser.error(f"--{name} cannot be {value}: give a positive number")
     if args.group_size == 1 and args.method != "rd":
-        parser.error("--group_size cannot be 1: rollouts are compared within their group")
+        parser.error("--group_size cannot be 1, since a group compares rollouts: give at least 2")
     if not args.marker.strip() or "\n" in args.marker:
         parser.error("--marker must be a single line that is not blank, such as 'Answer:'")
     kind = (args.device or "cpu").partition(":")[0]
     if kind not in ("cpu", "cuda") or kind == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device {args.device} cannot be used here: give cpu, cuda or cuda:N")
+        parser.error(f"--device {args.device} is not available here: give cpu, cuda or cuda:N")
     if not args.model and (args.eval_only or args.labeled or args.unlabeled or args.eval):
         parser.error("--model is missing: give the folder of a checkpoint")
     for name in files_needed(args):
@@ -160,10 +160,10 @@ def files_needed(args) -> tuple[str, ...]:
 # processes
 
 def set_up_processes(args) -> tuple[int, int, torch.device]:
-    """(rank, number of processes, device) of this process.
+    """Return (rank, world size, device) of this process.
 
-    torchrun starts the processes and watches them: if one dies, it ends the others and says which
-    one died. If one hangs, the others end after the timeout.
+    torchrun starts the processes. If one of them dies, torchrun reports its rank and ends the
+    others. If one hangs, the others end after the timeout.
     """
     rank = 0
     world_size = 1
@@ -180,9 +180,9 @@ def set_up_processes(args) -> tuple[int, int, torch.device]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if args.dtype == "bfloat16":
-            torch.set_float32_matmul_precision("high")  # TF32 for the parts that stay in float32
-        # With a mask, cuDNN's attention has NaN gradients at some lengths on Hopper GPUs (pytorch
-        # issue 196678), and it plans anew for every shape.
+            torch.set_float32_matmul_precision("high")  # use TF32 for float32 matmuls
+        # With a mask, cuDNN attention returns NaN gradients at some lengths on Hopper GPUs
+        # (pytorch issue 196678). It also builds a new plan for every shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -193,7 +193,7 @@ def set_up_processes(args) -> tuple[int, int, torch.device]:
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """The sum of x over all processes, the same in each of them."""
+    """Sum x over all processes in place, and return it."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -205,7 +205,7 @@ def barrier():
 
 
 def say(text: str):
-    """Print a line from rank 0, without disturbing a progress bar."""
+    """Print a line on rank 0 without breaking a progress bar."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         tqdm.write(text)
 
@@ -214,20 +214,19 @@ def say(text: str):
 # model and data
 
 def load_model(args, device) -> tuple[Decoder, data.Text]:
-    """The model and its tokenizer."""
     model = load_pretrained(args.model, device)
     text = data.Text(args.model, model.eos_ids, args.marker, args.max_reasoning_steps)
     if text.vocab_size > model.config.vocab_size:
-        raise UsageError(f"{args.model}: tokenizer.json has more tokens than config.json's "
-                         "vocab_size: use the tokenizer that belongs to the model")
-    # The end token that is trained comes first: the saved model must stop where it learned to.
+        raise UsageError(f"{args.model}/tokenizer.json has more tokens than the vocab_size in "
+                         "config.json: use the tokenizer that belongs to the model")
+    # The saved model lists the end token that is used in training, and lists it first.
     model.eos_ids = tuple(dict.fromkeys((text.end, *model.eos_ids)))
     return model, text
 
 
 def load_data(args, text: data.Text, context: int):
-    """The supervised traces, the prompts of the unlabeled queries, and the held-out queries as
-    (prompt, question, gold answer), as far as the run needs them."""
+    """Return the supervised traces, the unlabeled prompts and the held-out (prompt, question, gold
+    answer) tuples. A list is empty if the run does not need it."""
     traces = []
     queries = []
     held_out = []
@@ -249,7 +248,7 @@ def load_data(args, text: data.Text, context: int):
     longest = limit + args.max_new_tokens
     if longest > context:
         raise UsageError(f"--max_prompt_tokens and --max_new_tokens add up to {longest} tokens, "
-                         f"but {args.model} was made for {context}: lower them")
+                         f"but {args.model} supports {context}: lower one of them")
     return traces, queries, held_out
 
 
@@ -261,14 +260,14 @@ def make_trace(text: data.Text, prompt: list[int], response: list[int]) -> prg.T
 # training
 
 class Policy(nn.Module):
-    """The decoder as a function from packed responses to log-probabilities, for DDP to wrap."""
+    """Computes the log-probabilities of packed responses. DDP wraps this module."""
 
     def __init__(self, decoder: Decoder):
         super().__init__()
         self.decoder = decoder
 
     def forward(self, batch: prg.Packed) -> Tensor:
-        """log pi of the tokens of n responses, [n, T], 0 in the padding."""
+        """Return log pi of each token of n responses, [n, T], with 0 in the padding."""
         hidden = self.decoder.hidden_states(batch.input_ids, batch.position_ids,
                                             batch.attention_mask)  # [B, W, D]
         hidden = hidden.flatten(0, 1)[batch.slots[batch.mask]]  # [tokens of responses, D]
@@ -277,12 +276,12 @@ class Policy(nn.Module):
         return logprobs.new_zeros(batch.mask.shape).masked_scatter(batch.mask, logprobs)
 
 
-# A dummy trace of weight 0, so that DDP still synchronizes on a rank without data.
+# A process without data runs this trace with weight 0, so that DDP has a backward pass there.
 DUMMY = prg.Trace(tokens=[0, 0], cuts=[1], answer_start=1)
 
 
 class Trainer:
-    """Policy, judge and optimizer of a run, and the training step."""
+    """Holds the policy, the judge and the optimizer of a run, and takes its training steps."""
 
     def __init__(self, args, model: Decoder, text: data.Text, traces, queries,
                  rank: int = 0, world_size: int = 1):
@@ -298,10 +297,10 @@ class Trainer:
 
         self.model = model
         self.model.checkpoint_activations = args.checkpoint_activations
-        # The judge stays the starting model: a judge that learned with the rollouts would come to
-        # agree with their errors.
+        # The judge is the frozen starting model. A judge that was trained together with the policy
+        # would learn to agree with its errors.
         self.judge = copy.deepcopy(model).requires_grad_(False).to(self.dtype)
-        # Trained weights stay in float32; sampling reads a bfloat16 copy twice as fast.
+        # The trained weights are float32. Sampling is faster with a bfloat16 copy of them.
         self.sampling_model = model
         if self.dtype != torch.float32:
             self.sampling_model = copy.deepcopy(self.judge)
@@ -319,34 +318,34 @@ class Trainer:
             self.v = hytuning.trace_weights(args.method, evidence, self.anchor, args.tau)
 
     def step(self) -> dict:
-        """One training step; the line for metrics.jsonl.
+        """Take one training step, and return its line for metrics.jsonl.
 
-        This process has Q queries and N = Q G rollouts; those of a query follow one another.
+        This process samples N rollouts, G consecutive ones for each of its queries.
         """
         args = self.args
         clock = [self.now()]
 
-        # 1. Sample a group of G rollouts for each query, and note their certainty c.
+        # 1. Sample a group of G rollouts for each query, and compute their self-certainty c.
         share = self.share_of_batch(len(self.queries), args.queries_per_step, "queries")
         queries = [self.queries[i] for i in share]
         seed = ("rollouts", args.seed, self.steps_done)
         rollouts, c = self.sample(queries, args.group_size, seed)  # [N] each
         clock.append(self.now())
 
-        # 2. Judge them: the PRG of each rollout under the frozen starting model.
-        gains, evidence = self.judge_traces(rollouts)  # [N] each; they differ only for `support`
+        # 2. Compute the PRG of each rollout under the frozen starting model.
+        gains, evidence = self.judge_traces(rollouts)  # [N] each; equal except for `support`
         answers = [self.text.answer(x.response) for x in rollouts]
         answers = self.column(data.number_answers(answers, args.group_size))  # [N], -1 for none
         clock.append(self.now())
 
-        # 3. to 5. Weights w, rewards r (add your own there), earned shares e and advantages A.
+        # 3. to 5. Compute w, r, e and A. To try another reward, change `learning_signals`.
         A, e = hytuning.learning_signals(args.method, c, evidence, answers, args.group_size,
                                          self.anchor, args.tau)  # [N] each
         earned, N_all = all_sum(self.column([e.sum(), len(e)])).tolist()  # over all processes
         lam = earned / max(N_all, 1)
         A = hytuning.weigh_queries(A, e, lam, args.group_size)
 
-        # 6. Make one update on (1 - lambda) L_RD + lambda L_RLIF.
+        # 6. Take one optimizer step on (1 - lambda) L_RD + lambda L_RLIF.
         L_RD, grad_norm = self.update(rollouts, A, lam, N_all)
         clock.append(self.now())
         self.steps_done += 1
@@ -356,15 +355,15 @@ class Trainer:
                    "response_length": self.column([len(x.response) for x in rollouts])}
         line = {"step": self.steps_done, "lambda": lam, "loss_rd": L_RD, "grad_norm": grad_norm,
                 "anchor": self.anchor, **mean_over_rollouts(columns, N_all)}
-        for i, name in enumerate(("sampling", "judging", "update")):
-            line[f"seconds_{name}"] = clock[i + 1] - clock[i]
+        for name, start, end in zip(("sampling", "judging", "update"), clock, clock[1:]):
+            line[f"seconds_{name}"] = end - start
         return line
 
     def update(self, rollouts, A: Tensor, lam: float, N_all: float) -> tuple[float, float]:
-        """One optimizer step: (L_RD, norm of the gradient), both over all processes.
+        """Take one optimizer step, and return L_RD and the gradient norm of all processes.
 
-        A [rollouts of this process] are the advantages; N_all counts the rollouts of all processes.
-        Traces and rollouts without weight in the loss have no gradient and are left out.
+        A has the advantage of each rollout of this process. N_all is the number of rollouts of all
+        processes. Traces and rollouts whose weight in the loss is 0 are left out.
         """
         share = []
         if lam < 1:
@@ -372,9 +371,7 @@ class Trainer:
         traces = [self.traces[i] for i in share]
         v = self.v[share].float()
         tokens = all_sum(self.column([sum(len(x.response) for x in traces)])).clamp(min=1)
-        kept = A.nonzero()[:, 0].tolist()
-        if lam == 0:
-            kept = []
+        kept = [] if lam == 0 else A.nonzero()[:, 0].tolist()
         rollouts = [rollouts[i] for i in kept]
         A = A[kept].float()
         if not traces and not rollouts:
@@ -385,13 +382,12 @@ class Trainer:
         batches = rd_batches + self.pack(rollouts)
         total_RD = torch.zeros(1, device=self.device)
         for i, batch in enumerate(batches):
-            # Processes exchange gradients once, in the last backward pass. (DDP reads this
-            # attribute; a policy without DDP ignores it.)
+            # DDP reads this attribute. It synchronizes gradients in the last backward pass only.
             self.policy.require_backward_grad_sync = i == len(batches) - 1
             with self.autocast():
-                # Through the DDP wrapper: self.policy.module would not exchange gradients.
+                # Call the DDP wrapper, since self.policy.module would not synchronize gradients.
                 logprobs = self.policy(batch)  # [n, T]
-            # Divided by global counts, the losses of batches and processes add up.
+            # Losses are divided by global counts, so they add up over batches and processes.
             L_RD = torch.zeros(1, device=self.device)
             L_RLIF = torch.zeros(1, device=self.device)
             if i < len(rd_batches):
@@ -399,7 +395,7 @@ class Trainer:
                 L_RD = hytuning.distillation_loss(logprobs, mask, tokens)
             else:
                 L_RLIF = hytuning.rlif_loss(logprobs, batch.mask, A[batch.trace], N_all)
-            # DDP averages over processes, but a sum is wanted.
+            # DDP averages gradients over processes. The factor turns the average into a sum.
             (hytuning.hytuning_loss(L_RD, L_RLIF, lam) * self.world_size).backward()
             total_RD += L_RD.detach()
 
@@ -412,10 +408,10 @@ class Trainer:
         return all_sum(total_RD).item(), norm
 
     def share_of_batch(self, total: int, size: int, stream: str) -> list[int]:
-        """The indices, out of `total`, of this process's items in the step's batch of `size` items.
+        """Return this process's indices in the step's batch of `size` out of `total` items.
 
-        Each epoch is shuffled anew and cut into whole batches; a remainder is dropped. `stream`
-        gives queries and traces shuffles of their own.
+        Each epoch is shuffled again and split into full batches; the remainder is dropped. `stream`
+        is part of the seed, so that queries and traces are shuffled independently.
         """
         size = min(size, total)
         if size == 0:
@@ -426,9 +422,9 @@ class Trainer:
         return batch[self.rank::self.world_size].tolist()
 
     def sample(self, prompts, samples: int, seed, temperature: float = 1.0, progress: str = ""):
-        """Responses of the current model: (N = prompts x samples traces, self-certainty c [N]).
+        """Return N = prompts x samples responses as traces, and their self-certainty c [N].
 
-        With `progress` a progress bar of this title is shown.
+        If `progress` is given, it is the title of a progress bar.
         """
         if self.sampling_model is not self.model:
             with torch.no_grad():
@@ -436,7 +432,7 @@ class Trainer:
                     copied.copy_(p)
         traces = [None] * (len(prompts) * samples)
         certainty = torch.zeros(len(prompts), samples, dtype=torch.double, device=self.device)
-        # A batch is as wide as its longest prompt, so prompts of similar length go together.
+        # Prompts are padded to the longest of a batch, so put those of similar length together.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         size = max(1, self.args.rollouts_per_batch // samples)
         disable = True if self.rank or not progress else None  # None: shown on a terminal only
@@ -453,14 +449,14 @@ class Trainer:
         return traces, certainty.flatten()
 
     def measure_support(self, judge: Decoder, traces) -> tuple[Tensor, Tensor]:
-        """(support [N, K_max+1], mask [N, K_max+1]) of traces under this model."""
+        """Return the support and its mask, [N, K_max+1] each, of traces under the model `judge`."""
         with self.autocast():
             support, mask = prg.packed_support(judge, traces, self.args.tokens_per_batch,
                                                self.device)
         return support.double(), mask
 
     def judge_traces(self, traces) -> tuple[Tensor, Tensor]:
-        """(PRG [N], the method's evidence [N]) of traces under the frozen starting model."""
+        """Return PRG and the method's evidence, [N] each, of traces under the starting model."""
         support, mask = self.measure_support(self.judge, traces)
         gains = prg.progressive_reasoning_gain(support, mask)
         p_K = prg.final_support(support, mask)
@@ -470,7 +466,7 @@ class Trainer:
         return prg.pack(traces, copies=False, tokens=self.args.tokens_per_batch, device=self.device)
 
     def autocast(self):
-        # Autocast's cache of bfloat16 weights would add up gradients of chunks in bfloat16.
+        # With autocast's weight cache, gradients of chunks would be accumulated in bfloat16.
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False,
                               enabled=self.dtype == torch.bfloat16)
 
@@ -484,23 +480,20 @@ class Trainer:
 
 
 def mean_over_rollouts(columns: dict[str, Tensor], N: float) -> dict[str, float | None]:
-    """The mean of each column over the N rollouts of all processes; None if there are none."""
+    """Return the mean of each column over the N rollouts of all processes, or None if N is 0."""
     sums = all_sum(torch.stack([column.double().sum() for column in columns.values()])).tolist()
-    means = dict.fromkeys(columns)
-    if N:
-        means = {name: total / N for name, total in zip(columns, sums)}
-    return means
+    return {name: total / N if N else None for name, total in zip(columns, sums)}
 
 
 # -----------------------------------------------------------------------------
 # evaluation
 
 def answer_held_out(trainer: Trainer, held_out) -> dict[tuple, dict]:
-    """For each held-out prompt (a tuple of ids), what the current model answers to it.
+    """Return the results of the current model for each held-out prompt, a tuple of token ids.
 
-    The processes share the prompts, and each receives all results: the answers of the samples (None
-    if unreadable), their confidence p_K (0 without an answer) and their PRG; the answer of greedy
-    decoding; the support and the text of each step of the first sample.
+    The processes divide the prompts and exchange the results: the answers of the samples (None if
+    there is none), their confidence p_K (0 without an answer) and their PRG, the answer of greedy
+    decoding, and the support and the text of each step of the first sample.
     """
     text = trainer.text
     S = trainer.args.eval_samples
@@ -531,9 +524,9 @@ def answer_held_out(trainer: Trainer, held_out) -> dict[tuple, dict]:
 
 
 def evaluate(held_out, found: dict[tuple, dict]) -> dict:
-    """What eval.json says of a model. A query that is listed twice counts twice."""
+    """Return the measures of a model for eval.json. A query that is listed twice counts twice."""
     samples = []  # (confidence, whether right) of every sample
-    votes = []  # the same of the majority for every query
+    votes = []  # the same for the majority answer to every query
     greedy = []
     answers = []
     gains = []
@@ -558,7 +551,7 @@ def is_right(answer: str | None, gold: str) -> bool:
 
 
 def measure_confidence(pairs) -> dict:
-    """Accuracy and calibration of (confidence, whether right) pairs; None where undefined."""
+    """Return measures of (confidence, whether right) pairs, with None for undefined ones."""
     confidence, correct = torch.tensor(pairs, dtype=torch.double).T
     measures = {
         "accuracy": correct.mean().item(), "confidence": confidence.mean().item(),
@@ -569,7 +562,7 @@ def measure_confidence(pairs) -> dict:
 
 
 def print_results(results: dict):
-    """The measures of each model, and the reliability diagrams of their samples."""
+    """Print the measures of each model, and the reliability diagrams of their samples."""
     print("\nsample: one response, with confidence p_K: the probability that the evaluated model\n"
           "        gives its answer after its reasoning\n"
           "vote:   the most common answer, with confidence: its share of the samples")
@@ -596,8 +589,8 @@ def show(value: float | None) -> str:
 
 
 def print_examples(held_out, found: dict[tuple, dict], number: int, anchor: float | None):
-    """Held-out queries with the support after each step of their first sample, at first a query
-    with a wrong majority, if there is one."""
+    """Print held-out queries with the support after each step of their first sample. The first
+    query is one whose majority answer is wrong, if there is one."""
     def majority_is_right(query):
         prompt, _, gold = query
         winner, _ = data.majority(found[tuple(prompt)]["answers"])
@@ -612,8 +605,8 @@ def print_examples(held_out, found: dict[tuple, dict], number: int, anchor: floa
         for p, step in entry["curve"]:
             print(f"  p = {p:4.2f} {'#' * round(20 * p):20s} {' '.join(step.split())}")
         verdict = "right" if is_right(entry["answers"][0], gold) else "wrong"
-        print(f"  answer: {entry['answers'][0]} ({verdict}); PRG {show(entry['prg'][0])} (traces under "
-              f"the starting model: {show(anchor)})")
+        print(f"  answer: {entry['answers'][0]} ({verdict}); PRG {show(entry['prg'][0])} "
+              f"(traces under the starting model: {show(anchor)})")
         winner, share = data.majority(entry["answers"])
         print(f"  majority: {winner} ({round(share * S)} of {S} samples); right answer: {gold}")
 
@@ -622,7 +615,7 @@ def print_examples(held_out, found: dict[tuple, dict], number: int, anchor: floa
 # checkpoints
 
 def save_checkpoint(trainer: Trainer, base: dict | None):
-    """Write checkpoint.pt, with all that the rest of the run depends on, from rank 0."""
+    """Write checkpoint.pt, which has everything that a resumed run needs, on rank 0."""
     path = Path(trainer.args.out, "checkpoint.pt")
     if trainer.rank == 0:
         state = {"model": trainer.model.state_dict(),
@@ -634,7 +627,7 @@ def save_checkpoint(trainer: Trainer, base: dict | None):
 
 
 def load_checkpoint(trainer: Trainer) -> dict | None:
-    """Restore the run from the checkpoint in --out, if there is one; the base's evaluation."""
+    """Restore the checkpoint in --out, if there is one; return the base model's evaluation."""
     path = Path(trainer.args.out, "checkpoint.pt")
     found = all_sum(torch.tensor(float(path.is_file()), device=trainer.device)).item()
     if found == 0:
@@ -643,7 +636,7 @@ def load_checkpoint(trainer: Trainer) -> dict | None:
     if found < trainer.world_size:
         raise UsageError(f"{path} is not visible from every machine: use an --out on a shared disk")
     try:
-        # Mapped, not read, so that the processes of a machine share one copy in memory.
+        # With mmap, the processes of a machine share one copy in memory.
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch.load raises errors of many types for a damaged file
         raise UsageError(f"{path} cannot be read ({str(error).split(chr(10))[0]}): remove it, or "
@@ -658,7 +651,7 @@ def load_checkpoint(trainer: Trainer) -> dict | None:
             raise UsageError(f"{name} has changed since {path} was made: restore it, or use "
                              "another --out")
     trainer.model.load_state_dict(state["model"])
-    groups = trainer.optimizer.state_dict()["param_groups"]  # with the flags of this optimizer
+    groups = trainer.optimizer.state_dict()["param_groups"]  # keeps this optimizer's flags
     trainer.optimizer.load_state_dict({"state": state["moments"], "param_groups": groups})
     trainer.steps_done = state["steps_done"]
     say(f"resuming after step {trainer.steps_done}")
@@ -674,14 +667,14 @@ def compute_checksums(args) -> dict[str, str]:
 # the toy
 
 def build_folder(folder: Path, build, rank: int):
-    """Unless `folder` exists, call build(path) for a temporary path, which then becomes it."""
+    """If `folder` does not exist, call build(temporary path) and rename the result to `folder`."""
     if rank == 0 and not folder.exists():
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         try:
             build(temporary)
             os.replace(temporary, folder)
         except OSError:
-            if not folder.exists():  # if it does, another process built it first
+            if not folder.exists():  # otherwise another process has built it
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -689,7 +682,7 @@ def build_folder(folder: Path, build, rank: int):
 
 
 def train_toy_base(folder: Path, device: torch.device):
-    """Train the toy's base model on what careless authors write, and save it to `folder`."""
+    """Train the base model of the toy task on careless traces, and save it to `folder`."""
     toy = data.Triage()
     folder.mkdir(parents=True)
     vocab_size, end = toy.write_tokenizer(folder)
@@ -721,11 +714,11 @@ def train_toy_base(folder: Path, device: torch.device):
 
 
 def set_up_toy(args, rank: int, device: torch.device):
-    """Build the toy's base model and data, if they are not there, and point the arguments to them.
+    """Build the toy's base model and data if they do not exist, and set the arguments to use them.
 
-    The seed of the run chooses the data; the base model is the same for all seeds.
+    The data depends on the seed of the run; the base model is the same for all seeds.
     """
-    # A model this small is slower on more threads, and much slower on a busy machine.
+    # More threads would make so small a model slower, especially on a busy machine.
     torch.set_num_threads(1)
     base = Path("out/toy")
     build_folder(base, partial(train_toy_base, device=device), rank)
@@ -741,14 +734,14 @@ def set_up_toy(args, rank: int, device: torch.device):
 # the run
 
 def main(argv=None):
-    """A whole run with these command line arguments: evaluate, train, save, evaluate again."""
+    """Do a whole run with these arguments: evaluate, train, save and evaluate again."""
     args = parse_arguments(argv)
     rank, world_size, device = set_up_processes(args)
     if not args.model:
         set_up_toy(args, rank, device)
     out = Path(args.out)
     if not args.eval_only and Path(args.model).resolve() == (out / "model").resolve():
-        raise UsageError(f"--model {args.model} is where this run would write: use another --out")
+        raise UsageError(f"--model {args.model} would be overwritten: use another --out")
     model, text = load_model(args, device)
     traces, queries, held_out = load_data(args, text, model.config.context)
     out.mkdir(parents=True, exist_ok=True)
@@ -774,21 +767,21 @@ def main(argv=None):
             print_results(results)
             print_examples(held_out, found, args.show, trainer.anchor)
     if dist.is_initialized():
-        # All processes leave together, after rank 0 has written. The pause lets gloo's threads
-        # release their tensors: a thread that wants Python's lock while Python shuts down aborts
-        # the process (pytorch issue 190489).
+        # Wait until rank 0 has written its files. The pause lets gloo's threads release their
+        # tensors: a thread that waits for the GIL while Python shuts down aborts the process
+        # (pytorch issue 190489).
         barrier()
         time.sleep(0.2)
         dist.destroy_process_group()
 
 
 def train(trainer: Trainer, base: dict | None, log) -> bool:
-    """Do the remaining steps, with log and checkpoints; False if SIGINT or SIGTERM ended them."""
+    """Take the remaining steps, log them and save; return False if a signal stopped the run."""
     args = trainer.args
     if args.method == "hytuning" and trainer.anchor < 0.05:
         say(f"warning: under {args.model} the mean PRG of the supervised traces is only "
             f"{trainer.anchor:.3f}; the model has probably not learned the answer format: train it "
-            "with --method rd first and start from the result")
+            "with --method rd first, and start from the result")
     stopping = False
     bar = tqdm(total=args.steps, initial=trainer.steps_done, desc=args.method,
                disable=trainer.rank > 0 or None)  # None: shown on a terminal only
@@ -815,10 +808,9 @@ def train(trainer: Trainer, base: dict | None, log) -> bool:
 
 
 def open_log(out: Path, steps_done: int):
-    """Open metrics.jsonl for appending, with the lines of the first `steps_done` steps.
+    """Open metrics.jsonl for appending, and keep only the lines of the first `steps_done` steps.
 
-    A run that starts from the beginning first removes the checkpoint and the evaluation of an
-    earlier run in the same folder, since they would not belong to its log.
+    A new run also removes the checkpoint and the evaluation of an earlier run in its folder.
     """
     path = out / "metrics.jsonl"
     kept = []
@@ -834,8 +826,8 @@ def open_log(out: Path, steps_done: int):
 
 @contextlib.contextmanager
 def note_signals():
-    """A list of the SIGINT and SIGTERM that arrive, so that the step at hand can be finished and
-    saved. A second signal of the same kind acts at once."""
+    """Collect SIGINT and SIGTERM in a list, so that the current step can be finished and saved.
+    A second signal of the same kind has its usual effect."""
     received = []
     handlers = {}
 
@@ -844,7 +836,7 @@ def note_signals():
         signal.signal(number, handlers[number])
 
     try:
-        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 handlers[number] = signal.signal(number, note)
         yield received
@@ -855,7 +847,7 @@ def note_signals():
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        # On a terminal that is not UTF-8, characters that it cannot show are escaped.
+        # Escape the characters that the encoding of the terminal does not have.
         stream.reconfigure(errors="backslashreplace")
     try:
         main()
