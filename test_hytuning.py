@@ -2001,4 +2001,4 @@ def test_the_readme_has_its_examples_and_its_length():
     files = {files for files, _ in PYTHON}
     assert files == {"prg.py", "hytuning.py", "data.py", "model.py", "data.py prg.py hytuning.py"}
     assert len(BASH) >= 4 and any("for seed in" in block for block in BASH)
-    assert len(README.encode()) <= 18 * 1024
+    assert len(README.encode()) <= 20480
