@@ -1984,7 +1984,7 @@ def test_a_command_of_the_readme_works(block, toy_run, tmp_path):
         path.write_text(f'#!/bin/sh\nexec "{sys.executable}" stand_in.py {path.name} "$@"\n')
         path.chmod(0o755)
     environment = {**ENVIRONMENT, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    short = block.replace("$(seq 501 524)", "1 2")
+    short = re.sub(r"\$\(seq 501 \d+\)", "1 2", block)
     done = subprocess.run(["bash", "-ec", short], cwd=tmp_path, env=environment, text=True,
                           capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -248,7 +248,7 @@ def load_data(args, text: data.Text, context: int):
     longest = limit + args.max_new_tokens
     if longest > context:
         raise UsageError(f"--max_prompt_tokens and --max_new_tokens add up to {longest} tokens, "
-                         f"but {args.model} supports {context}: lower one of them")
+                         f"but {args.model} supports {context}: lower them")
     return traces, queries, held_out
 
 
@@ -576,6 +576,9 @@ def print_results(results: dict):
         print(row)
     for measure in ("greedy_accuracy", "answered", "prg"):
         print(f"{measure:22}" + "".join(f"{show(r[measure]):>9}{'':7}" for r in results.values()))
+    if last["answered"] == 0:
+        print("\nwarning: no response has a readable answer, so its confidence says nothing: raise "
+              "--max_new_tokens, or train with --method rd first")
     for name, result in results.items():
         print(f"\n{name}: confidence of the samples (|) and how many of them are right (#)")
         for confidence, accuracy, number in result["reliability"]:
