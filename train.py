@@ -1,6 +1,6 @@
 """Train a model with HyTuning. The method itself is in `Trainer.step`.
 
-    python train.py                                     # the toy task, about a minute
+    python train.py                                     # the toy task, about 90 seconds
     python train.py --model FOLDER --labeled a.jsonl --unlabeled b.jsonl --eval c.jsonl
     torchrun --nproc_per_node=8 train.py --model ...    # the same on eight GPUs
 
