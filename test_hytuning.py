@@ -1698,8 +1698,10 @@ def test_a_fresh_start_removes_the_checkpoint_of_an_earlier_run(toy_run, tmp_pat
 
 
 def test_ctrl_c_while_the_toy_is_built_leaves_no_files(tmp_path):
+    # A shell in the background may have told its children to ignore SIGINT.
     child = subprocess.Popen([sys.executable, train.__file__], cwd=tmp_path, env=ENVIRONMENT,
-                             stderr=subprocess.PIPE, text=True)
+                             stderr=subprocess.PIPE, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not list(tmp_path.glob("out/toy.*.tmp/tokenizer.json")):
         assert child.poll() is None
         time.sleep(0.05)
