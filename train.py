@@ -294,6 +294,7 @@ class Trainer:
         self.device = model.lm_head.weight.device
         self.dtype = getattr(torch, args.dtype)
         self.steps_done = 0
+        self.checksums = compute_checksums(args)  # once, since a file may change during the run
 
         self.model = model
         self.model.checkpoint_activations = args.checkpoint_activations
@@ -624,7 +625,7 @@ def save_checkpoint(trainer: Trainer, base: dict | None):
         state = {"model": trainer.model.state_dict(),
                  "moments": trainer.optimizer.state_dict()["state"],
                  "steps_done": trainer.steps_done, "base": base, "args": vars(trainer.args),
-                 "checksums": compute_checksums(trainer.args)}
+                 "checksums": trainer.checksums}
         atomic_write(path, lambda temporary: torch.save(state, temporary))
     barrier()
 
@@ -642,14 +643,15 @@ def load_checkpoint(trainer: Trainer) -> dict | None:
         # With mmap, the processes of a machine share one copy in memory.
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch.load raises errors of many types for a damaged file
-        raise UsageError(f"{path} cannot be read ({str(error).split(chr(10))[0]}): remove it, or "
-                         "use another --out") from None
+        reason = str(error).split("\n")[0]
+        raise UsageError(f"{path} cannot be read ({reason}): remove it, or use another "
+                         "--out") from None
     for name, now in vars(trainer.args).items():
         before = state["args"].get(name)
         if before != now and name not in MAY_CHANGE:
             raise UsageError(f"{path} was made with --{name} {before}, not {now}: use the same "
                              "value, or another --out")
-    for name, checksum in compute_checksums(trainer.args).items():
+    for name, checksum in trainer.checksums.items():
         if state["checksums"][name] != checksum:
             raise UsageError(f"{name} has changed since {path} was made: restore it, or use "
                              "another --out")
@@ -662,7 +664,8 @@ def load_checkpoint(trainer: Trainer) -> dict | None:
 
 
 def compute_checksums(args) -> dict[str, str]:
-    paths = [args.labeled, args.unlabeled, args.eval]
+    """Return the checksum of each file that the run reads."""
+    paths = [getattr(args, name) for name in (*files_needed(args), "eval")]
     return {path: data.checksum(path) for path in paths if path}
 
 
