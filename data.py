@@ -485,7 +485,8 @@ def read_jsonl(path, limit: int = 0) -> list[tuple[str, dict]]:
             if not isinstance(record, dict):
                 raise ValueError("it has no named fields")
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where} is not a JSON object ({error}): correct it") from None
+            reason = getattr(error, "msg", error)  # JSONDecodeError counts lines anew
+            raise DataError(f"{where} is not a JSON object ({reason}): correct it") from None
         records.append((where, record))
         if len(records) == limit:
             break
@@ -512,7 +513,8 @@ def text_field(record: dict, name: str, where: str) -> str:
     text = record.get(name)
     # Half of a surrogate pair cannot be encoded.
     if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
-        raise DataError(f"{where}: the field {name!r} is missing, blank or not text: fill it in")
+        raise DataError(f"{where}: the field {name!r} is missing, blank or not text (the fields "
+                        f"are {', '.join(record) or 'none'}): fill it in")
     return text.replace(START, "")
 
 
@@ -549,7 +551,8 @@ def load_labeled(path, text: Text, max_prompt: int, max_response: int, limit: in
         response = text.response(reasoning, answer)
         found = text.answer(response)
         if found is None or not answers_match(found, answer):
-            raise DataError(f"{where}: the answer {answer!r} would be read as {found!r}: change it")
+            raise DataError(f"{where}: the answer {answer!r} would be read as {found or ''!r}: "
+                            "change it")
         if len(prompt) <= max_prompt and len(response) <= max_response:
             kept.append((prompt, response))
     return kept, skipped(records, kept, path)

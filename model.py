@@ -399,7 +399,8 @@ def read_json(path: Path) -> dict:
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+    text = getattr(error, "strerror", None) or str(error)  # an OSError without its number and path
+    return " ".join(text.split())[:400]
 
 
 def weight_files(folder: Path) -> list[Path]:

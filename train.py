@@ -135,7 +135,8 @@ def check_arguments(args, parser):
     for name, value in vars(args).items():
         is_number = type(value) in (int, float)
         if is_number and not (0 < value < math.inf or value == 0 and name in may_be_0):
-            parser.error(f"--{name} cannot be {value}: give a positive number")
+            least = "0 or more" if name in may_be_0 else "a positive number"
+            parser.error(f"--{name} cannot be {value}: give {least}")
     if args.group_size == 1 and args.method != "rd":
         parser.error("--group_size cannot be 1, since a group compares rollouts: give at least 2")
     if not args.marker.strip() or "\n" in args.marker:
@@ -403,7 +404,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm).item()
         if not math.isfinite(norm):  # the same in all processes
             raise FloatingPointError(f"the gradient of step {self.steps_done + 1} is not finite: "
-                                     "lower --lr, or use --dtype float32")
+                                     "lower --lr")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # DDP's gradients are views of its buckets
         return all_sum(total_RD).item(), norm
@@ -659,7 +660,7 @@ def load_checkpoint(trainer: Trainer) -> dict | None:
     groups = trainer.optimizer.state_dict()["param_groups"]  # keeps this optimizer's flags
     trainer.optimizer.load_state_dict({"state": state["moments"], "param_groups": groups})
     trainer.steps_done = state["steps_done"]
-    say(f"resuming after step {trainer.steps_done}")
+    say(f"resuming after step {trainer.steps_done} of {trainer.args.steps}")
     return state["base"]
 
 
@@ -739,13 +740,18 @@ def set_up_toy(args, rank: int, device: torch.device):
 # -----------------------------------------------------------------------------
 # the run
 
-def main(argv=None):
-    """Do a whole run with these arguments: evaluate, train, save and evaluate again."""
+def main(argv=None) -> bool:
+    """Do a whole run with these arguments: evaluate, train, save and evaluate again.
+
+    Return whether it was finished. A signal stops the training after the current step.
+    """
     args = parse_arguments(argv)
     rank, world_size, device = set_up_processes(args)
     if not args.model:
         set_up_toy(args, rank, device)
     out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file: give a folder")
     if not args.eval_only and Path(args.model).resolve() == (out / "model").resolve():
         raise UsageError(f"--model {args.model} would be overwritten: use another --out")
     model, text = load_model(args, device)
@@ -764,6 +770,8 @@ def main(argv=None):
         if rank == 0:
             save_pretrained(model, out / "model")
             say(f"the model is in {out / 'model'}, the log in {out / 'metrics.jsonl'}")
+        if not finished:
+            say(f"stopped after step {trainer.steps_done}: use --resume to continue")
     if finished and held_out:
         found = answer_held_out(trainer, held_out)
         results["model" if args.eval_only else "final"] = evaluate(held_out, found)
@@ -772,6 +780,7 @@ def main(argv=None):
             atomic_write(out / name, lambda path: path.write_text(json.dumps(results, indent=2)))
             print_results(results)
             print_examples(held_out, found, args.show, trainer.anchor)
+            say(f"\nthe results are in {out / name}")
     if dist.is_initialized():
         # Wait until rank 0 has written its files. The pause lets gloo's threads release their
         # tensors: a thread that waits for the GIL while Python shuts down aborts the process
@@ -779,6 +788,7 @@ def main(argv=None):
         barrier()
         time.sleep(0.2)
         dist.destroy_process_group()
+    return finished
 
 
 def train(trainer: Trainer, base: dict | None, log) -> bool:
@@ -808,8 +818,6 @@ def train(trainer: Trainer, base: dict | None, log) -> bool:
                 if line["answered"] == 0:
                     say("warning: no rollout ends with a readable answer: raise --max_new_tokens, "
                         "or teach the format with --method rd first")
-    if stopping:
-        say(f"stopped after step {trainer.steps_done}: use --resume to continue")
     return not stopping
 
 
@@ -819,14 +827,13 @@ def open_log(out: Path, steps_done: int):
     A new run also removes the checkpoint and the evaluation of an earlier run in its folder.
     """
     path = out / "metrics.jsonl"
-    kept = []
-    if steps_done:
-        kept = path.read_text().splitlines(keepends=True)[:steps_done]
-    elif path.exists():
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if path.exists() and not steps_done:
         say(f"the earlier run in {out} is replaced")
         (out / "checkpoint.pt").unlink(missing_ok=True)
         (out / "eval.json").unlink(missing_ok=True)
-    atomic_write(path, lambda temporary: temporary.write_text("".join(kept)))
+    kept = "".join(lines[:steps_done])
+    atomic_write(path, lambda temporary: temporary.write_text(kept))
     return open(path, "a")
 
 
@@ -856,10 +863,12 @@ if __name__ == "__main__":
         # Escape the characters that the encoding of the terminal does not have.
         stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        finished = main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        finished = False
     except (CheckpointError, data.DataError, UsageError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    if not finished:
+        sys.exit(130)  # so that a shell script stops, too
