@@ -43,7 +43,8 @@ FAMILIES = {
 
 @dataclass
 class Config:
-    """The fields of a Hugging Face config.json that affect the computation."""
+    """The fields of a Hugging Face config.json that affect the computation. Raises CheckpointError
+    if the numbers of heads do not fit each other or head_dim is odd."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -120,7 +121,7 @@ def read_rope(raw: dict) -> dict:
     """Return the RoPE settings of a config.json as one dictionary.
 
     New files keep them in `rope_parameters`, old ones in `rope_theta` and `rope_scaling`. Raises
-    CheckpointError if two sources differ or the type of RoPE is not supported.
+    CheckpointError if two sources differ, or if the settings are incomplete or not supported.
     """
     sources = (raw.get("rope_parameters"), raw.get("rope_scaling"),
                {"rope_theta": raw.get("rope_theta")})
@@ -148,10 +149,8 @@ def read_rope(raw: dict) -> dict:
 
 
 def rope_frequencies(rope: dict, dim: int, device=None) -> Tensor:
-    """Return the angle per position of each pair of a head's coordinates, [dim/2], in radians.
-
-    RoFormer, arXiv 2104.09864.
-    """
+    """Return the angle per position, in radians, by which each pair of a head's coordinates is
+    rotated, [dim/2] (RoFormer, arXiv 2104.09864)."""
     pairs = torch.arange(0, dim, 2, dtype=torch.float32, device=device)
     frequency = rope["rope_theta"] ** (-pairs / dim)
     if rope["rope_type"] == "default":
@@ -267,9 +266,9 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Recomputing layers in the backward pass saves memory and takes a third more time.
+        # If True, the backward pass recomputes layers. It saves memory and takes a third more time.
         self.checkpoint_activations = False
-        # The tokens that end a response, from generation_config.json.
+        # The tokens that end a response: see `read_eos_ids`.
         self.eos_ids: tuple[int, ...] = ()
         # The content of COPIED_FILES, which save_pretrained writes.
         self.files: dict[str, bytes] = {}
@@ -479,7 +478,7 @@ def atomic_write(path: Path, write):
 # sampling
 
 class Cache:
-    """Stores keys and values of the tokens, while S samples of each of Q prompts are drawn.
+    """Stores keys and values while S samples of each of Q prompts are drawn.
 
     A prompt's keys and values are stored once for all its samples: `prompt_k` and `prompt_v`
     [Q, H_kv, P, d], padded on the right to P tokens. Each sample's own tokens are stored in `k` and
@@ -487,8 +486,8 @@ class Cache:
     each layer. Attention takes one softmax over both parts (bifurcated attention, arXiv
     2403.08845).
 
-    Keys are float32 even if the model is not. They can be large (170 in Qwen2), so that rounding
-    attention scores to bfloat16 would change the output of the model.
+    Keys are float32 even if the model is not, to compute attention scores in float32. Keys can be
+    large (170 in Qwen2), and scores rounded to bfloat16 would change the output of the model.
     """
 
     def __init__(self, config: Config, lengths: Tensor, P: int, S: int, N: int, like: Tensor):
@@ -606,7 +605,7 @@ class Sampler:
             logits.append(F.linear(hidden.float(), self.head))
         logits = torch.cat(logits).repeat_interleave(self.rows.shape[1], dim=0)  # [n, V]
         if self.statistic is not None:
-            one = self.statistic(logits[:1])  # [..., 1]; only its shape is used
+            one = self.statistic(logits[:1])  # [..., 1]; its value is not used
             self.total = one.new_zeros(*one.shape[:-1], len(logits))
         self.choose(logits)
 
@@ -635,7 +634,7 @@ class Sampler:
         self.t += 1
 
     def advance(self):
-        """Take one decode step; on a GPU, replay it from a CUDA graph where there is one."""
+        """Take one decode step; on a GPU, replay a CUDA graph if one has been captured."""
         if not self.out.is_cuda:
             self.step()
             return
@@ -683,12 +682,12 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
              statistic=None):
     """Sample continuations of prompts, which are lists of token ids.
 
-    Returns a list of samples for each prompt. A sample is a list of new token ids with the end
-    token. temperature 0 takes the most probable token. top_p samples from the smallest set of most
-    probable tokens whose probability is at least top_p, ties included. A sample depends only on
-    `seed` (an int, or a tuple of ints and strings), its prompt and its number among the samples of
-    that prompt, not on the rest of the batch. If a prompt occurs twice, its second set of samples
-    is numbered after the first.
+    Returns a list of samples for each prompt. A sample is a list of new token ids, up to and
+    including the first of `eos_ids`. A temperature below 1e-6 takes the most probable token.
+    Tokens are drawn from the smallest set of the most probable ones whose probabilities sum to at
+    least top_p, ties included. A sample depends on `seed` (an int, or a tuple of ints and strings),
+    its prompt and its number among the samples of that prompt, not on the rest of the batch. If a
+    prompt occurs twice, its second set of samples is numbered after the first.
 
     With statistic(logits [R, V]) -> [..., R] the result is a pair: the samples, and the mean of the
     statistic over the tokens of each sample, [..., prompts, samples]. The statistic reads float32
@@ -753,7 +752,7 @@ def side_stream(device: torch.device):
 def uniforms(prompts: list[list[int]], samples: int, new: int, seed) -> Tensor:
     """Return random numbers in [0, 1) for each sample and position, [prompts * samples, new].
 
-    A sample's numbers are the bits of a hash of (seed, its prompt, its number), so they do not
+    A sample's numbers are taken from a hash of (seed, its prompt, its number), so they do not
     depend on the rest of the batch. A smaller `new` gives the first of the same numbers.
     """
     numbered = Counter()  # how many samples of each prompt there are so far
@@ -796,7 +795,7 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
 def invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return the first index [R] at which the cumulative sum of mass [R, N] exceeds target [R].
 
-    Also returns the target less the sum before that index, [R].
+    Also return the target minus the sum before that index, but at least 0, [R].
     """
     total = mass.cumsum(-1)
     index = (total <= target[:, None]).sum(-1)

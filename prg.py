@@ -1,13 +1,12 @@
-"""Does the reasoning progressively earn its answer? Support, PRG, and measures of calibration.
+"""Support, progressive reasoning gain (PRG), and measures of calibration.
 
-A *trace* is a prompt, reasoning steps and an answer that follows a marker such as "Answer:". Its
-*support* p_k is the probability of the answer (the mean per token) if the marker follows directly
-after the first k steps. *PRG*, the progressive reasoning gain, is the gain in support from p_0 to p_K, multiplied by
-how steadily it was gained. The calibration measures compare confidence with correctness.
+A *trace* is a prompt, K reasoning steps and an answer that follows a marker such as "Answer:". Its
+*support* p_k is the probability of the answer (the geometric mean over its tokens) if the marker
+follows directly after the first k steps. *PRG* is the gain in support from p_0 to p_K, multiplied
+by the steadiness of that gain. The calibration measures compare confidence with correctness.
 
-The last part of the file computes support again, in one pass instead of one pass a step. To use PRG
-in your own code you only need what stands before it. This file is self-contained; copy it freely.
-Next to read: train.py.
+The last part of the file computes the support in one pass instead of K+1. You do not need it to use
+PRG in your own code. This file is self-contained; copy it freely. Read train.py next.
 
 SPDX-License-Identifier: MIT
 """
@@ -32,8 +31,8 @@ class Trace:
         tokens[answer_start:answer_end]       the answer; if it is empty, the trace has no answer
         tokens[answer_end:]                   what follows, such as an end token
 
-    answer_end defaults to the end of the tokens. Raises ValueError if the positions decrease or lie
-    outside the tokens.
+    answer_end defaults to the end of the tokens. Raises ValueError if there are no cuts, the prompt
+    is empty, or the positions decrease or exceed the number of tokens.
     """
     tokens: list[int]
     cuts: list[int]
@@ -45,9 +44,10 @@ class Trace:
             self.answer_end = len(self.tokens)
         bounds = [1, *self.cuts, self.answer_start, self.answer_end, len(self.tokens)]
         if not self.cuts or bounds != sorted(bounds):
-            raise ValueError(f"cuts {self.cuts}, answer_start {self.answer_start} and answer_end "
-                             f"{self.answer_end} must be non-decreasing and lie between 1 and the "
-                             f"number of tokens, {len(self.tokens)}")
+            raise ValueError(f"there must be at least one cut, and cuts {self.cuts}, answer_start "
+                             f"{self.answer_start} and answer_end {self.answer_end} must be "
+                             "non-decreasing and lie between 1 and the number of tokens, "
+                             f"{len(self.tokens)}")
 
     @property
     def prompt(self) -> list[int]:
@@ -71,13 +71,13 @@ class Trace:
 
 @torch.no_grad()
 def answer_support(model, traces: list[Trace]) -> tuple[Tensor, Tensor]:
-    """The support of each trace after k = 0..K steps: (support [B, K_max+1], mask [B, K_max+1]).
+    """Return the support of each trace after k = 0..K steps and its mask, [B, K_max+1] each.
 
         p_k = exp(mean_t log pi(y_t | x, s_1..s_k, marker, y_<t))
 
-    with prompt x, steps s and answer y: the geometric mean of the probabilities of the answer's
-    tokens. The mask is True for the k that a trace has; without an answer it is all False. `model`
-    is any callable from ids [1, T], on the CPU, to logits [1, T, V]. It is called K+1 times a
+    where x is the prompt, s are the steps and y is the answer. The mask is True for the k that a
+    trace has; without an answer it is all False. Where it is False, the support is 0. `model` is
+    any callable from ids [1, T], on the CPU, to logits [1, T, V]. It is called K+1 times for each
     trace; `packed_support` below gives the same result faster. The formula is this project's own.
     """
     width = max((len(trace.cuts) for trace in traces), default=1)
@@ -99,15 +99,15 @@ def answer_support(model, traces: list[Trace]) -> tuple[Tensor, Tensor]:
 
 
 def progressive_reasoning_gain(support: Tensor, mask: Tensor) -> Tensor:
-    """PRG [B] in [-1, 1] from support p [B, K_max+1] and the mask of the k that each trace has.
+    """Return PRG [B], in [-1, 1], from the support p and its mask, [B, K_max+1] each.
 
         g_k = p_k - p_{k-1},   D = p_K - p_0,   steadiness = D^2 / (K * sum_k g_k^2)
         PRG = D * steadiness
 
     By the Cauchy-Schwarz inequality the steadiness lies in [0, 1]. It is 1 if every step adds the
-    same and 1/K if one step does it all. PRG is 0 if the support never changes and -1 for a trace
-    without an answer. The name and the idea are HyTuning's (arXiv 2604.08454); the formula is this
-    project's own.
+    same and 1/K if only one step changes the support. PRG is 0 if the support never changes, and
+    -1 for a trace without an answer. The name and the idea are HyTuning's (arXiv 2604.08454); the
+    formula is this project's own.
     """
     p = support.double()
     g = (p[:, 1:] - p[:, :-1]) * mask[:, 1:]
@@ -119,10 +119,7 @@ def progressive_reasoning_gain(support: Tensor, mask: Tensor) -> Tensor:
 
 
 def final_support(support: Tensor, mask: Tensor) -> Tensor:
-    """p_K [B], the support after the whole reasoning, or 0 for a trace without an answer.
-
-    It is the confidence of the model in the answer after all of its reasoning.
-    """
+    """Return the final support p_K [B], the model's confidence in its answer, or 0 without one."""
     last = (mask.sum(-1) - 1).clamp(min=0)
     return (support * mask).gather(-1, last[:, None])[:, 0]
 
@@ -131,7 +128,7 @@ def final_support(support: Tensor, mask: Tensor) -> Tensor:
 # calibration
 
 def reliability(confidence, correct, bins: int = 10) -> list[tuple[float, float, int]]:
-    """(mean confidence, accuracy, number of items) of each bin of confidence that is not empty.
+    """Return (mean confidence, accuracy, number of items) of each nonempty bin of confidence.
 
     confidence [N] in [0, 1], correct [N] bool or 0/1; the bins have equal width. For a calibrated
     model the first two numbers agree. This function and the three below raise ValueError if the
@@ -148,9 +145,9 @@ def reliability(confidence, correct, bins: int = 10) -> list[tuple[float, float,
 
 
 def expected_calibration_error(confidence, correct, bins: int = 10) -> float:
-    """ECE: the mean of |confidence - accuracy| over the bins above, weighted by their counts.
+    """Return the mean of |confidence - accuracy| over the bins of `reliability`, weighted by count.
 
-    NaN if there is no data. Guo et al., arXiv 1706.04599.
+    It is NaN if there is no data. The measure is from Guo et al., arXiv 1706.04599.
     """
     total = 0
     error = 0.0
@@ -161,16 +158,16 @@ def expected_calibration_error(confidence, correct, bins: int = 10) -> float:
 
 
 def brier_score(confidence, correct) -> float:
-    """The mean of (confidence - correct)^2 over N items: 0 is perfect. Brier, 1950."""
+    """Return the mean of (confidence - correct)^2, or NaN without data. 0 is best. Brier (1950)."""
     confidence, correct = as_columns(confidence, correct)
     return (confidence - correct).square().mean().item()
 
 
 def auroc(confidence, correct) -> float:
-    """The probability that a correct item has more confidence than a wrong one; ties count half.
+    """Return the probability that a correct item has more confidence than a wrong one.
 
-    It is computed as the Mann-Whitney statistic. 0.5 is chance. NaN if all items are correct or all
-    are wrong.
+    Ties count half, so chance gives 0.5. The result is NaN if all items are correct or all are
+    wrong. It is computed from ranks (the Mann-Whitney statistic).
     """
     confidence, correct = as_columns(confidence, correct)
     values, rank_of = confidence.unique(return_inverse=True)
@@ -183,7 +180,7 @@ def auroc(confidence, correct) -> float:
 
 
 def as_columns(confidence, correct) -> tuple[Tensor, Tensor]:
-    """Both as float64 tensors [N] on the CPU; ValueError for the cases that `reliability` names."""
+    """Return both as float64 tensors [N] on the CPU, or raise ValueError as in `reliability`."""
     confidence = torch.as_tensor(confidence, dtype=torch.double).cpu().flatten()
     correct = torch.as_tensor(correct, dtype=torch.double).cpu().flatten()
     if len(confidence) != len(correct) or not ((correct == 0) | (correct == 1)).all():
@@ -197,25 +194,25 @@ def as_columns(confidence, correct) -> tuple[Tensor, Tensor]:
 # the same in one pass
 #
 # The passes of `answer_support` repeat most of their tokens. Here a prompt is computed once for all
-# responses to it, and a response once for all of its cuts. A row of a batch holds
+# responses to it, and the reasoning of a response once for all of its cuts. A row of a batch holds
 #
-#     prompt | response 1 | copy 0 | copy 1 | ... | response 2 | copy 0 | copy 1 | ...
+#     prompt | reasoning 1 | copy 0 | copy 1 | ... | reasoning 2 | copy 0 | copy 1 | ...
 #
-# where copy k is marker and answer once more, placed after the first k steps. An attention mask
-# keeps the responses and the copies apart, and the positions are those of separate texts, so all
-# log-probabilities equal those of separate passes. Training packs its responses in the same way,
-# without copies.
+# where copy k repeats the marker and the answer, and attends to the prompt and the first k steps.
+# An attention mask keeps everything else apart, and the positions are those of separate texts, so
+# all log-probabilities equal those of separate passes. Training packs whole responses in the same
+# way, without copies.
 
 @dataclass
 class Segment:
     """Consecutive tokens of a row: a prompt, a response or a copy.
 
-    The inputs of a response or a copy are its tokens shifted by one, so that they begin with the
-    token before it. The last len(targets) inputs predict the targets.
+    The inputs of a response or a copy begin with the token before it and leave out its last token.
+    The last len(targets) inputs predict the targets.
     """
     inputs: list[int]
-    position: int  # of the first input in its text
-    owner: int  # the index of the trace, or PROMPT
+    position: int  # the position of the first input in its text
+    owner: int  # the index of the trace, or PROMPT or PADDING
     copy: int = 0  # k + 1 for the copy after k steps, 0 for everything else
     targets: list[int] | None = None
 
@@ -225,8 +222,9 @@ PADDING = -2
 
 
 def make_segments(trace: Trace, index: int, copies: bool) -> list[Segment]:
-    """The segments of a trace after its prompt: the whole response as a target or, with `copies`,
-    the reasoning without a target and then for each cut a copy whose answer is the target."""
+    """Return the segments of a trace after its prompt: the whole response as a target or, with
+    `copies`, the reasoning without a target and then a copy for each cut with its answer as target.
+    """
     tokens = trace.tokens
     start = trace.cuts[0] - 1
     if not copies:
@@ -240,8 +238,7 @@ def make_segments(trace: Trace, index: int, copies: bool) -> list[Segment]:
 
 @dataclass
 class Packed:
-    """A batch of B rows of W slots; its n targets (responses or copied answers) have up to T
-    tokens."""
+    """A batch of B rows of W slots, with n targets (responses or answers) of up to T tokens."""
     input_ids: Tensor  # [B, W]
     position_ids: Tensor  # [B, W]
     attention_mask: Tensor | None  # [B, 1, W, W] bool, True where a query sees a key; None: causal
@@ -256,9 +253,10 @@ def pack(traces: list[Trace], copies: bool, tokens: int = 2048, width: int = 102
          device=None) -> list[Packed]:
     """Arrange traces in batches of at most `tokens` slots, padding included, or of a single row.
 
-    The targets are the answers after every cut (with `copies`) or the responses. Consecutive traces
-    with the same prompt share a row as long as it has at most `width` slots, since the cost of
-    attention grows with the square of the width. A longer trace gets a row of its own.
+    The targets are the responses or, with `copies`, the answers after every cut; traces without an
+    answer are then left out. Consecutive traces with the same prompt share a row as long as it has
+    at most `width` slots, since the cost of attention grows with the square of the width. A trace
+    that needs more gets a row of its own.
     """
     rows = []
     widths = []
@@ -321,15 +319,15 @@ def lay_out(rows: list[list[Segment]], device=None) -> Packed:
 
 
 def round_up(width: int) -> int:
-    """The next multiple of 8, which CUDA's attention kernels need."""
+    """Round up to a multiple of 8, the alignment of masks in CUDA's attention kernels."""
     return -(-width // 8) * 8
 
 
 def tree_mask(position: Tensor, start: Tensor, owner: Tensor, copy: Tensor) -> Tensor:
-    """[B, 1, W, W] bool: which keys (last axis) each query sees, from [B, W] for every slot.
+    """Return which keys (last axis) each query sees, [B, 1, W, W] bool, from [B, W] of each slot.
 
-    A slot sees the slots before it in the prompt and in its own segment. A copy also sees its
-    response up to its cut.
+    A slot sees itself and the slots before it in the prompt and in its own segment. A copy also
+    sees the reasoning before its cut.
     """
     query = (slice(None), slice(None), None)  # x[query] is [B, W, 1]
     key = (slice(None), None, slice(None))  # x[key] is [B, 1, W]
@@ -342,11 +340,11 @@ def tree_mask(position: Tensor, start: Tensor, owner: Tensor, copy: Tensor) -> T
 
 @torch.no_grad()
 def packed_support(model, traces: list[Trace], tokens: int = 2048, device=None):
-    """`answer_support` in one pass: (support [B, K_max+1], mask [B, K_max+1]), on the device.
+    """Return the support and mask of `answer_support`, [B, K_max+1] each, on `device`, but faster.
 
-    model.hidden_states(input_ids, position_ids, attention_mask) gives hidden states [B, W, D] and
-    model.logits the logits of some of them, so logits are computed only where an answer is
-    predicted. A batch has at most `tokens` slots. `device` defaults to that of the model.
+    model.hidden_states(input_ids, position_ids, attention_mask) gives hidden states [B, W, D], and
+    model.logits gives the float32 logits of those that predict an answer. A batch has at most
+    `tokens` slots, as in `pack`. `device` defaults to that of the model.
     """
     if device is None:
         device = model.lm_head.weight.device
@@ -358,7 +356,7 @@ def packed_support(model, traces: list[Trace], tokens: int = 2048, device=None):
         hidden = hidden.flatten(0, 1)[batch.slots[batch.mask]]  # [tokens of answers, D]
         targets = batch.targets[batch.mask][:, None]
         logprobs = []
-        # The logits of 512 tokens at a time, since those of all would need much memory.
+        # Compute the logits of 512 tokens at a time, to save memory.
         for h, target in zip(hidden.split(512), targets.split(512)):
             logprobs.append(model.logits(h).log_softmax(-1).gather(1, target)[:, 0])
         table = torch.zeros(batch.mask.shape, device=device)
