@@ -2,7 +2,7 @@
 
 A response has one reasoning step per line and ends with a marker ("Answer:") and the answer. Steps
 and answer are located in the token ids of the response itself, because encoding its text again may
-give other tokens. The toy task shows the effect of the method in a minute on a laptop.
+give other tokens. The toy task shows the effect of the method in 90 seconds on a laptop.
 
 This file is self-contained; copy it freely. Next to read: model.py.
 
@@ -25,16 +25,16 @@ INSTRUCTION = 'Reason line by line, then end with the line "{marker} ...".'
 
 
 class DataError(ValueError):
-    """Data cannot be used. The message says what is wrong, in which line, and what to do."""
+    """Data or a tokenizer cannot be used. The message says what is wrong, where, and what to do."""
 
 
 # -----------------------------------------------------------------------------
 # answers
 
 def find_answer(text: str, marker: str = MARKER) -> tuple[int, int, int] | None:
-    """Return the offsets (marker start, answer start, answer end) at the last marker, or None.
+    """Return (marker start, answer start, answer end) in characters, or None without an answer.
 
-    The answer is the rest of the marker's line. The marker is found in upper and lower case,
+    The answer is the rest of the last marker's line. The marker is found in upper and lower case,
     between stars or underscores, and with a fullwidth colon: "**ANSWER**: 18", "Answer：18".
     """
     words = re.escape(marker.strip().rstrip(" :："))
@@ -78,7 +78,7 @@ FORMS = [
     (r"\\\((.*?)\\\)|\\\[(.*?)\\\]", r"\1\2"),
     (r"\\(?:boxed|text|textbf|textit|mathrm)\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
     (r"\\(?:left|right)(?= ?[()\[\]{}|.\\])", ""),
-    (r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3}(?!\d|\)))", ","),  # LaTeX's thousands and spacing
+    (r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3}(?!\d|\)))", ","),  # LaTeX's thousands separators and spaces
     (r"\\[,;:]", " "),
     (r"\\([$%])", r"\1"),
     (r"(^|= )(-?)\\[dt]?frac(?:\{(\d+)\}\{(\d+)\}|(\d)(\d))$", r"\1\2\3\5/\4\6"),
@@ -91,7 +91,7 @@ FORMS = [
 ]
 FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 
-# Either a letter that is marked as in "(B)", "B." or "Option B", perhaps followed by the option's
+# Either a letter that is marked as in "(B)", "B)", "B." or "B: ", perhaps followed by the option's
 # text, which begins with a word or a number; or a capital letter, perhaps with text in brackets.
 TEXT = r"(?:[Aa] )?[^\W\d_]{2}.*|-?[$€£¥₹]?\d.*"
 CHOICE = re.compile(rf"(?:[Oo]ption )?(?:\(([A-Ja-j])\)|([A-Ja-j])(?:[.)]|:(?= )))(?: ({TEXT}))?"
@@ -231,7 +231,7 @@ def majority(answers: list[str | None]) -> tuple[str | None, float]:
 # -----------------------------------------------------------------------------
 # prompts and responses
 
-# Unicode reserves these characters, so that no text contains them. START is added to the tokenizer:
+# Unicode never assigns these characters, so texts do not use them. START is added to the tokenizer:
 # text is encoded after it, because tokenizers may treat the beginning of a text differently.
 # QUESTION and ANSWER are placeholders for the messages in a rendered chat template.
 START, QUESTION, ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -363,7 +363,7 @@ class Text:
         return ids[len(before):]
 
     def encode_chat(self, text: str) -> list[tuple[int, int, int]]:
-        """Return (id, start, end) of each token of a text, and recognise special tokens in it."""
+        """Return (id, start, end) of each token of a text, and recognize special tokens in it."""
         self.tokenizer.encode_special_tokens = False
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         self.tokenizer.encode_special_tokens = True
@@ -424,7 +424,7 @@ class Text:
         return extract_answer(text, self.marker)
 
     def parse(self, prompt: list[int], response: list[int]) -> tuple[list, list, int, int]:
-        """Locate steps, marker and answer: (tokens, cuts, answer_start, answer_end).
+        """Return (tokens, cuts, answer_start, answer_end), the fields of `prg.Trace`.
 
         tokens is prompt + response. Step k is tokens[cuts[k - 1]:cuts[k]], the marker is
         tokens[cuts[-1]:answer_start] and the answer is tokens[answer_start:answer_end]. Steps are
@@ -438,7 +438,7 @@ class Text:
             return tokens, [len(prompt)], len(tokens), len(tokens)
         marker_start, answer_start, answer_end = found
 
-        # A line begins at its first character that is not a space.
+        # A line begins at its first character that is not whitespace.
         lines = [match.start() for match in re.finditer(r"\S.*", text[:marker_start])]
         steps = min(len(lines), self.max_reasoning_steps)
         cuts = {0}
@@ -466,8 +466,8 @@ def token_at(offsets: list[int], character: int) -> int:
 def read_jsonl(path, limit: int = 0) -> list[tuple[str, dict]]:
     """Return ("PATH line NUMBER", record) of the first `limit` nonblank lines; 0 means all lines.
 
-    Numbers are returned as strings, exactly as they are written. Raises DataError with the line's
-    number if a line is not a JSON object.
+    Numbers are returned as strings, exactly as they are written. Raises DataError if the file
+    cannot be read or is empty, or if a line is not a JSON object.
     """
     try:
         content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
@@ -485,7 +485,7 @@ def read_jsonl(path, limit: int = 0) -> list[tuple[str, dict]]:
             if not isinstance(record, dict):
                 raise ValueError("it has no named fields")
         except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)  # JSONDecodeError counts lines anew
+            reason = getattr(error, "msg", error)  # without JSONDecodeError's own line number
             raise DataError(f"{where} is not a JSON object ({reason}): correct it") from None
         records.append((where, record))
         if len(records) == limit:
@@ -507,7 +507,7 @@ def finite(number: str) -> str:
 
 
 def text_field(record: dict, name: str, where: str) -> str:
-    """Return the text of a field, which must not be blank. "question" is accepted for "prompt"."""
+    """Return a text field ("question" may replace "prompt"). Raises DataError if it is blank."""
     if name == "prompt" and "prompt" not in record and "question" in record:
         name = "question"
     text = record.get(name)
@@ -536,7 +536,7 @@ def solution_of(record: dict, where: str) -> tuple[str, str]:
 
 
 def load_labeled(path, text: Text, max_prompt: int, max_response: int, limit: int = 0):
-    """Load {"prompt", "reasoning", "answer"}: ([(prompt ids, response ids)], number skipped)."""
+    """Return ([(prompt ids, response ids)], number skipped) from a file of supervised traces."""
     kept = []
     records = read_jsonl(path, limit)
     for where, record in records:
@@ -552,14 +552,14 @@ def load_labeled(path, text: Text, max_prompt: int, max_response: int, limit: in
         found = text.answer(response)
         if found is None or not answers_match(found, answer):
             raise DataError(f"{where}: the answer {answer!r} would be read as {found or ''!r}: "
-                            "change it")
+                            "rephrase it")
         if len(prompt) <= max_prompt and len(response) <= max_response:
             kept.append((prompt, response))
     return kept, skipped(records, kept, path)
 
 
 def load_unlabeled(path, text: Text, max_prompt: int, limit: int = 0):
-    """Load {"prompt"} without duplicates: ([prompt ids], number skipped). Answers are not read."""
+    """Return ([prompt ids], number skipped) from a file, each prompt once. Answers are not read."""
     prompts = {}
     for where, record in read_jsonl(path, limit):
         prompts[tuple(text.prompt(text_field(record, "prompt", where)))] = None
@@ -568,7 +568,7 @@ def load_unlabeled(path, text: Text, max_prompt: int, limit: int = 0):
 
 
 def load_eval(path, text: Text, max_prompt: int, limit: int = 0):
-    """Load {"prompt", "answer"}: ([(prompt ids, question, gold answer)], number skipped)."""
+    """Return ([(prompt ids, question, gold answer)], number skipped) from a file of queries."""
     kept = []
     records = read_jsonl(path, limit)
     for where, record in records:
@@ -581,7 +581,7 @@ def load_eval(path, text: Text, max_prompt: int, limit: int = 0):
 
 
 def skipped(records, kept: list, path) -> int:
-    """Return how many records were too long and skipped. Raises DataError if all were."""
+    """Return how many records were skipped as too long. Raises DataError if all were."""
     if not kept:
         raise DataError(f"every record of {path} is longer than --max_prompt_tokens or "
                         "--max_new_tokens: raise them")
@@ -636,7 +636,7 @@ class Triage:
             self.believed[finding, wrong] = p_wrong
 
     def query(self, rng) -> list[int]:
-        """Draw findings: AGREEING point to one condition, and each other one to a different one."""
+        """Draw LISTED findings: AGREEING point to one condition, the others each to another one."""
         condition, *others = rng.permutation(self.CONDITIONS)[:1 + self.LISTED - self.AGREEING]
         pointing = np.flatnonzero(self.truth == condition)
         listed = list(rng.choice(pointing, self.AGREEING, replace=False))

@@ -80,9 +80,9 @@ MODEL = tiny()
 
 def test_gain_rewards_steady_support():
     for supports, expected in (
-            ([0, 0.25, 0.5, 0.75, 1], 1),  # equal steps from no idea to certain
-            ([0, 0, 0, 0.9, 0.9], 0.9 / 4),  # one step does it all: 1/K of the gain
-            ([0.99, 0.99, 0.99], 0),  # certain from the start, nothing earned
+            ([0, 0.25, 0.5, 0.75, 1], 1),  # equal steps from 0 to 1
+            ([0, 0, 0, 0.9, 0.9], 0.9 / 4),  # one of K steps gains all: 1/K of the gain
+            ([0.99, 0.99, 0.99], 0),  # the support never changes
             ([1, 0.5, 0], -1), ([0.2, 0.7], 0.5), ([0.7], 0)):
         p = torch.tensor([supports])
         found = progressive_reasoning_gain(p, torch.ones_like(p, dtype=torch.bool))
@@ -294,7 +294,7 @@ def test_self_certainty_matches_its_definition():
     close(self_certainty(torch.full((2, 9), 3.0)), [0.0, 0.0])
 
 
-def test_advantages_of_a_group(recwarn):
+def test_advantages_are_normalized_within_each_group(recwarn):
     rewards = random_logits(12)
     A = group_advantages(rewards, 4).view(3, 4)
     r = rewards.view(3, 4)
@@ -374,7 +374,7 @@ def test_queries_are_weighted_by_their_earned_shares():
 
 
 def test_advantages_are_0_if_no_rollout_has_an_answer():
-    """The weights would not be exactly 0, and normalization would make small rewards large."""
+    """If their weights were above 0, small rewards would be normalized to large advantages."""
     none = torch.full((4,), -1)
     for anchor in (-0.5, 0.9):
         A, e = learning_signals("hytuning", torch.rand(4), -torch.ones(4), none, 4, anchor)
@@ -575,7 +575,7 @@ def test_shards_are_read_and_one_file_is_written(tmp_path):
 
 @torch.no_grad()
 def test_an_untied_head_and_the_end_tokens_are_saved(tmp_path):
-    """config.json may say that the head is tied. Two files must have the end tokens."""
+    """config.json may say that the head is tied. Both JSON files must list the end tokens."""
     untied = tiny()
     untied.files["generation_config.json"] = b'{"eos_token_id": 3, "top_k": 5}'
     save_pretrained(untied, tmp_path / "a")
@@ -856,7 +856,7 @@ def test_stars_around_the_marker_belong_to_the_marker():
     assert data.find_answer("So\n**Answer:** 18") == (3, 15, 17)
 
 
-def test_votes_are_counted_for_different_spellings():
+def test_different_spellings_of_an_answer_are_counted_together():
     assert data.number_answers(["4", "5", "4.0", None, None, "$5"], 3) == [0, 1, 0, -1, -1, 0]
     assert data.number_answers(["5 apples", "5 pears", "5"], 3) == [0, 1, 0], "the first decides"
     assert data.majority(["4", "5", "4.0", None]) == ("4", 0.5)
@@ -873,7 +873,7 @@ CHATML_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-# Like Qwen3: a default system prompt; tools passed, as none; break, and tojson without HTML.
+# Like Qwen3, it has a default system prompt and uses tools, break and tojson without HTML escapes.
 QWEN_TEMPLATE = """{%- if tools %}{{ raise_exception('There are no tools.') }}{% endif %}
 {%- if messages[0].role != 'system' %}
     {{- '<|im_start|>system\n9 & ' + ('<9>' | tojson) + '<|im_end|>\n' }}
@@ -883,7 +883,7 @@ QWEN_TEMPLATE = """{%- if tools %}{{ raise_exception('There are no tools.') }}{%
     {{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-# Like Llama 3.1: BOS, today's date, trimmed messages.
+# Like Llama 3.1, it has BOS and today's date, and trims messages.
 LLAMA3_TEMPLATE = """{{- bos_token }}
 {%- if tools is not none %}{{ raise_exception('There are no tools.') }}{% endif %}
 {%- if strftime_now is defined %}{{ strftime_now("%d %b %Y") }}{% endif %}
@@ -942,7 +942,7 @@ def write_tokenizer(folder, *arguments, jinja=None, normalizer=None, **config):
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """Return a function from arguments of write_tokenizer to Text. CHATML sets a template."""
+    """Return a function that writes a tokenizer and loads it as Text. CHATML sets a template."""
     def build(*arguments, eos_ids=(), max_reasoning_steps=16, **config):
         if CHATML in arguments:
             config.setdefault("chat_template", CHATML_TEMPLATE)
@@ -1027,7 +1027,7 @@ def test_a_folder_without_a_template_gets_plain_text(build):
 
 
 @pytest.mark.parametrize("kind", ["first", "always", "prepend"])
-def test_a_response_is_encoded_as_it_follows_the_prompt(kind, build):
+def test_a_response_is_encoded_as_a_continuation_of_the_prompt(kind, build):
     text = build(kind, ["<s>", "</s>"], "<s> $A", eos_ids=[2])
     prompt, response = text.prompt("9?"), text.response("9 + 9 = 18", "18")
     assert response[0] == text.tokenizer.token_to_id("9")
@@ -1237,7 +1237,7 @@ def test_a_careful_author_is_right():
         assert record["answer"] == task.conditions[first] and votes > second
 
 
-def test_careless_authors_err_share_misconceptions_and_jump_in_urgent_queries():
+def test_careless_authors_share_errors_and_give_one_answer_in_urgent_queries():
     task, rng = data.Triage(), data.np.random.default_rng(0)
     stated = [Counter() for _ in task.findings]
     seen = Counter()
@@ -1642,8 +1642,8 @@ def test_a_run_works_in_a_thread_and_restores_signal_handlers(toy_run, tmp_path)
 
 
 @pytest.mark.parametrize("out", ["a file/out", "/proc/out", "/proc"])
-def test_an_out_that_cannot_be_written_ends_before_the_first_evaluation(out, toy_run, tmp_path,
-                                                                        monkeypatch):
+def test_an_unwritable_out_folder_raises_an_error_before_the_first_evaluation(
+        out, toy_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a file").touch()
     argv = [*files_of(toy_run[0] / "out/toy"), *SHORT, "--out", out]
@@ -1678,7 +1678,7 @@ def test_an_invalid_run_ends_with_one_line_and_status_2(more, named, toy_run, tm
     assert done.stderr.splitlines()[-1].startswith("error: ") and named in done.stderr
 
 
-def test_a_stray_world_size_is_named(monkeypatch):
+def test_world_size_without_rank_raises_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(train.UsageError, match="WORLD_SIZE is set, but RANK is not"):
@@ -1738,8 +1738,8 @@ def test_a_terminal_that_is_not_utf8_does_not_end_a_run(toy_run, tmp_path):
 # -----------------------------------------------------------------------------
 # several processes, faults
 
-# Does the runs of its first argument, [[class of trainer, command line], ...], one after the other
-# in one set of processes.
+# This program does the runs of its first argument, [[class of trainer, command line], ...], one
+# after the other in one set of processes.
 DRIVER = """
 import hashlib, json, os, signal, sys
 import train
@@ -1929,8 +1929,8 @@ README = (HERE / "README.md").read_text()
 PYTHON = re.findall(r"```python\n# ([\w. ]+)\n(.*?)```", README, re.S)
 BASH = [block for block in re.findall(r"```bash\n(.*?)```", README, re.S)
         if "train.py" in block and "pytest" not in block]
-# This program replaces python, torchrun and pip. It shortens a run, and uses two processes for
-# eight GPUs and one machine for two.
+# This program replaces python, torchrun and pip. It shortens a run, and uses two processes in
+# place of eight, and one machine in place of two.
 STAND_IN = """
 import os, sys
 name, *words = sys.argv[1:]
@@ -1999,7 +1999,7 @@ def test_a_command_of_the_readme_works(block, toy_run, tmp_path):
         close(float(found["hytuning - rd"]), float(found["hytuning"]) - float(found["rd"]), 2e-3)
 
 
-def test_the_readme_has_its_examples_and_its_length():
+def test_the_readme_has_all_examples_and_at_most_20_kilobytes():
     files = {files for files, _ in PYTHON}
     assert files == {"prg.py", "hytuning.py", "data.py", "model.py", "data.py prg.py hytuning.py"}
     assert len(BASH) >= 4 and any("for seed in" in block for block in BASH)

@@ -11,7 +11,7 @@ PRG is the anchor a, and the PRG of a trace sets its weight v. Every step then d
     2. Compute the PRG of each rollout under the frozen starting model.
     3. Compute the weight w of each rollout from its PRG.
     4. Pool the rollouts that give the same answer into rewards r and earned shares e.
-    5. Compute the advantages A, lambda, and the share of each query in lambda.
+    5. Compute the advantages A and lambda, and multiply A by lambda_q / lambda of its query q.
     6. Take one optimizer step on (1 - lambda) L_RD + lambda L_RLIF.
 
 SPDX-License-Identifier: MIT
@@ -46,7 +46,7 @@ from model import (CheckpointError, Config, Decoder, atomic_write, generate, loa
 
 
 class UsageError(ValueError):
-    """The run cannot be done. The message says in one sentence what is wrong and what to do."""
+    """The run cannot start. The message says in one sentence what is wrong and what to do."""
 
 
 # -----------------------------------------------------------------------------
@@ -71,27 +71,27 @@ CPU = dict(tokens_per_batch=1024, dtype="float32")
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="python train.py [options]", allow_abbrev=False,
-        description="Train with HyTuning. Without options, run the toy task. See README.md.")
+        description="Train with HyTuning. Without --model, run the toy task. See README.md.")
 
     add = parser.add_argument_group("model and data").add_argument
     add("--model", help="folder of a Hugging Face checkpoint (default: the toy task)")
     add("--labeled", help='JSONL file of {"prompt", "reasoning", "answer"}, or of GSM8K records')
     add("--unlabeled", help='JSONL file of queries, {"prompt"}; answers are ignored')
     add("--eval", help='JSONL file of held-out queries, {"prompt", "answer"}')
-    add("--max_labeled", type=int, help="use at most this many traces (default: all; toy: 16)")
-    add("--max_unlabeled", type=int, default=0, help="use at most this many queries (default: all)")
-    add("--max_eval", type=int, default=0, help="use at most this many of --eval (default: all)")
+    add("--max_labeled", type=int, help="traces to read; 0 means all (default: 0; toy: 16)")
+    add("--max_unlabeled", type=int, default=0, help="queries to read; 0 means all (default: 0)")
+    add("--max_eval", type=int, default=0, help="--eval records to read; 0 means all (default: 0)")
     add("--max_prompt_tokens", type=int, help="skip longer prompts (default: 512; toy: 64)")
-    add("--max_new_tokens", type=int, help="maximum tokens of a response (default: 512; toy: 48)")
+    add("--max_new_tokens", type=int, help="skip or cut longer responses (default: 512; toy: 48)")
     add("--marker", default=data.MARKER, help="text before the answer (default: %(default)s)")
     add("--max_reasoning_steps", type=int, default=16,
-        help="merge lines to have at most this many steps for PRG (default: %(default)s)")
+        help="merge lines into at most this many reasoning steps (default: %(default)s)")
 
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="hytuning",
         help="rd: supervised traces only; rlif: self-certainty only; static: half rd, half rlif; "
-             "votes: self-certainty pooled by answer, adaptive lambda; hytuning: votes, weighted "
-             "by PRG; support: a control, weighted by final support (default: %(default)s)")
+             "votes: rd and rlif mixed by lambda, self-certainty pooled by answer; hytuning: votes "
+             "weighted by PRG; support: votes weighted by final support (default: %(default)s)")
     add("--queries_per_step", type=int, default=16, help="for all processes (default: %(default)s)")
     add("--group_size", type=int, default=8, help="G, rollouts per query (default: %(default)s)")
     add("--traces_per_step", type=int, default=16, help="for all processes (default: %(default)s)")
@@ -114,7 +114,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"),
         help="data type of the forward pass (default: bfloat16 on a GPU, float32 on a CPU)")
     add("--tokens_per_batch", type=int,
-        help="per forward pass, with padding (default: 16384 on a GPU, 1024 on a CPU; toy: 4096)")
+        help="tokens of a forward pass, with padding (default: GPU 16384, CPU 1024; toy: 4096)")
     add("--rollouts_per_batch", type=int, default=512,
         help="rollouts that a process samples at a time (default: %(default)s)")
     add("--checkpoint_activations", action="store_true",
@@ -163,8 +163,8 @@ def files_needed(args) -> tuple[str, ...]:
 def set_up_processes(args) -> tuple[int, int, torch.device]:
     """Return (rank, world size, device) of this process.
 
-    torchrun starts the processes. If one of them dies, torchrun reports its rank and ends the
-    others. If one hangs, the others end after the timeout.
+    torchrun starts the processes. If one dies, torchrun reports its rank and ends the others. If
+    one hangs, they end after the timeout. Raises UsageError if a variable of torchrun is missing.
     """
     rank = 0
     world_size = 1
@@ -220,14 +220,15 @@ def load_model(args, device) -> tuple[Decoder, data.Text]:
     if text.vocab_size > model.config.vocab_size:
         raise UsageError(f"{args.model}/tokenizer.json has more tokens than the vocab_size in "
                          "config.json: use the tokenizer that belongs to the model")
-    # The saved model lists the end token that is used in training, and lists it first.
+    # The end token of training comes first, also in the files of the saved model.
     model.eos_ids = tuple(dict.fromkeys((text.end, *model.eos_ids)))
     return model, text
 
 
 def load_data(args, text: data.Text, context: int):
     """Return the supervised traces, the unlabeled prompts and the held-out (prompt, question, gold
-    answer) tuples. A list is empty if the run does not need it."""
+    answer) tuples. A list is empty if the run does not need it. Raises UsageError if a prompt and
+    a response may together be longer than `context` tokens."""
     traces = []
     queries = []
     held_out = []
@@ -299,8 +300,8 @@ class Trainer:
 
         self.model = model
         self.model.checkpoint_activations = args.checkpoint_activations
-        # The judge is the frozen starting model. A judge that was trained together with the policy
-        # would learn to agree with its errors.
+        # The judge is the frozen starting model. If it were trained together with the policy, it
+        # would learn to agree with the policy's errors.
         self.judge = copy.deepcopy(model).requires_grad_(False).to(self.dtype)
         # The trained weights are float32. Sampling is faster with a bfloat16 copy of them.
         self.sampling_model = model
@@ -340,7 +341,7 @@ class Trainer:
         answers = self.column(data.number_answers(answers, args.group_size))  # [N], -1 for none
         clock.append(self.now())
 
-        # 3. to 5. Compute w, r, e and A. To try another reward, change `learning_signals`.
+        # 3. to 5. Compute w, r, e, A and lambda. To try another reward, change `learning_signals`.
         A, e = hytuning.learning_signals(args.method, c, evidence, answers, args.group_size,
                                          self.anchor, args.tau)  # [N] each
         earned, N_all = all_sum(self.column([e.sum(), len(e)])).tolist()  # over all processes
@@ -364,8 +365,8 @@ class Trainer:
     def update(self, rollouts, A: Tensor, lam: float, N_all: float) -> tuple[float, float]:
         """Take one optimizer step, and return L_RD and the gradient norm of all processes.
 
-        A has the advantage of each rollout of this process. N_all is the number of rollouts of all
-        processes. Traces and rollouts whose weight in the loss is 0 are left out.
+        A [N] has the advantages of this process's rollouts; N_all counts those of all processes.
+        Terms of weight 0 are left out. Raises FloatingPointError if the gradient is not finite.
         """
         share = []
         if lam < 1:
@@ -424,10 +425,8 @@ class Trainer:
         return batch[self.rank::self.world_size].tolist()
 
     def sample(self, prompts, samples: int, seed, temperature: float = 1.0, progress: str = ""):
-        """Return N = prompts x samples responses as traces, and their self-certainty c [N].
-
-        If `progress` is given, it is the title of a progress bar.
-        """
+        """Return N = len(prompts) x samples responses as traces, grouped by prompt, and their
+        self-certainty c [N]. `progress` is the title of a progress bar, or "" for none."""
         if self.sampling_model is not self.model:
             with torch.no_grad():
                 for copied, p in zip(self.sampling_model.parameters(), self.model.parameters()):
@@ -468,7 +467,7 @@ class Trainer:
         return prg.pack(traces, copies=False, tokens=self.args.tokens_per_batch, device=self.device)
 
     def autocast(self):
-        # With autocast's weight cache, gradients of chunks would be accumulated in bfloat16.
+        # With its weight cache, autocast would add up the gradients of all chunks in bfloat16.
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False,
                               enabled=self.dtype == torch.bfloat16)
 
@@ -491,7 +490,7 @@ def mean_over_rollouts(columns: dict[str, Tensor], N: float) -> dict[str, float 
 # evaluation
 
 def answer_held_out(trainer: Trainer, held_out) -> dict[tuple, dict]:
-    """Return the results of the current model for each held-out prompt, a tuple of token ids.
+    """Return a dict from each held-out prompt, a tuple of token ids, to the results of the model.
 
     The processes divide the prompts and exchange the results: the answers of the samples (None if
     there is none), their confidence p_K (0 without an answer) and their PRG, the answer of greedy
@@ -565,9 +564,9 @@ def measure_confidence(pairs) -> dict:
 
 def print_results(results: dict):
     """Print the measures of each model, and the reliability diagrams of their samples."""
-    print("\nsample: one response, with confidence p_K: the probability that the evaluated model\n"
-          "        gives its answer after its reasoning\n"
-          "vote:   the most common answer, with confidence: its share of the samples")
+    print("\nsample: one response; its confidence p_K is the probability that the evaluated model\n"
+          "        gives to its answer after its reasoning\n"
+          "vote:   the most common answer; its confidence is its share of the samples")
     print(f"\n{'':22}" + "".join(f"{name:>16}" for name in results))
     print(f"{'':22}" + f"{'sample':>9}{'vote':>7}" * len(results))
     last = list(results.values())[-1]
@@ -579,10 +578,10 @@ def print_results(results: dict):
     for measure in ("greedy_accuracy", "answered", "prg"):
         print(f"{measure:22}" + "".join(f"{show(r[measure]):>9}{'':7}" for r in results.values()))
     if last["answered"] == 0:
-        print("\nwarning: no response has a readable answer, so its confidence says nothing: raise "
+        print("\nwarning: no response has a readable answer, so confidence means nothing: raise "
               "--max_new_tokens, or train with --method rd first")
     for name, result in results.items():
-        print(f"\n{name}: confidence of the samples (|) and how many of them are right (#)")
+        print(f"\n{name}: confidence (|) and accuracy (#) of the samples in each bin of confidence")
         for confidence, accuracy, number in result["reliability"]:
             bar = list(f"{'#' * round(40 * accuracy):41}")
             bar[round(40 * confidence)] = "|"
@@ -611,7 +610,7 @@ def print_examples(held_out, found: dict[tuple, dict], number: int, anchor: floa
             print(f"  p = {p:4.2f} {'#' * round(20 * p):20s} {' '.join(step.split())}")
         verdict = "right" if is_right(entry["answers"][0], gold) else "wrong"
         print(f"  answer: {entry['answers'][0]} ({verdict}); PRG {show(entry['prg'][0])} "
-              f"(traces under the starting model: {show(anchor)})")
+              f"(anchor under the starting model: {show(anchor)})")
         winner, share = data.majority(entry["answers"])
         print(f"  majority: {winner} ({round(share * S)} of {S} samples); right answer: {gold}")
 
@@ -620,7 +619,7 @@ def print_examples(held_out, found: dict[tuple, dict], number: int, anchor: floa
 # checkpoints
 
 def save_checkpoint(trainer: Trainer, base: dict | None):
-    """Write checkpoint.pt, which has everything that a resumed run needs, on rank 0."""
+    """On rank 0, write checkpoint.pt, which has everything that a resumed run needs."""
     path = Path(trainer.args.out, "checkpoint.pt")
     if trainer.rank == 0:
         state = {"model": trainer.model.state_dict(),
@@ -632,7 +631,8 @@ def save_checkpoint(trainer: Trainer, base: dict | None):
 
 
 def load_checkpoint(trainer: Trainer) -> dict | None:
-    """Restore the checkpoint in --out, if there is one; return the base model's evaluation."""
+    """Restore the checkpoint in --out, if there is one, and return the base model's evaluation.
+    Raises UsageError if the checkpoint is damaged or was made with other settings or data."""
     path = Path(trainer.args.out, "checkpoint.pt")
     found = all_sum(torch.tensor(float(path.is_file()), device=trainer.device)).item()
     if found == 0:
@@ -665,7 +665,7 @@ def load_checkpoint(trainer: Trainer) -> dict | None:
 
 
 def compute_checksums(args) -> dict[str, str]:
-    """Return the checksum of each file that the run reads."""
+    """Return the checksum of each data file that the run reads."""
     paths = [getattr(args, name) for name in (*files_needed(args), "eval")]
     return {path: data.checksum(path) for path in paths if path}
 
@@ -674,7 +674,7 @@ def compute_checksums(args) -> dict[str, str]:
 # the toy
 
 def build_folder(folder: Path, build, rank: int):
-    """If `folder` does not exist, call build(temporary path) and rename the result to `folder`."""
+    """On rank 0, build `folder` under a temporary name and rename it, unless it exists already."""
     if rank == 0 and not folder.exists():
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         try:
@@ -722,9 +722,7 @@ def train_toy_base(folder: Path, device: torch.device):
 
 def set_up_toy(args, rank: int, device: torch.device):
     """Build the toy's base model and data if they do not exist, and set the arguments to use them.
-
-    The data depends on the seed of the run; the base model is the same for all seeds.
-    """
+    The data depends on the seed of the run; the base model is the same for all seeds."""
     # More threads would make so small a model slower, especially on a busy machine.
     torch.set_num_threads(1)
     base = Path("out/toy")
@@ -741,9 +739,10 @@ def set_up_toy(args, rank: int, device: torch.device):
 # the run
 
 def main(argv=None) -> bool:
-    """Do a whole run with these arguments: evaluate, train, save and evaluate again.
+    """Do a whole run: evaluate, train, save and evaluate again. argv defaults to the command line.
 
-    Return whether it was finished. A signal stops the training after the current step.
+    Return False if SIGINT or SIGTERM has stopped the training after a step, and True otherwise.
+    Raises UsageError, DataError, CheckpointError, OSError or FloatingPointError.
     """
     args = parse_arguments(argv)
     rank, world_size, device = set_up_processes(args)
