@@ -114,7 +114,7 @@ MULTIPLE = re.compile(r"times|pairs|couples|halves|quarters|logs|scores|(?!month
                       r"|thirds|hundreds|thousands|illions|illiards|zeroe?s|dozens|crores|lakhs)")
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Return the form in which answers are compared."""
     text = unicodedata.normalize("NFC", text).translate(FULLWIDTH)
     before = None
@@ -136,7 +136,7 @@ def fold_case(word: re.Match) -> str:
 
 
 def read_choice(text: str) -> tuple[str, list[str]] | None:
-    """Return (letter, [text of the option]) if a normalised answer is one choice, or None."""
+    """Return (letter, [text of the option]) if a normalized answer is one choice, or None."""
     match = CHOICE.fullmatch(text)
     if match is None:
         return None
@@ -148,7 +148,7 @@ def read_choice(text: str) -> tuple[str, list[str]] | None:
 
 
 def read_number(text: str) -> tuple[tuple[Fraction, str], list[str]] | None:
-    """Return ((value, unit), [left side, optional unit]) of a normalised number, or None."""
+    """Return ((value, unit), [left side, optional unit]) of a normalized number, or None."""
     *left, right = [side.strip() for side in text.split("=")]
     match = FRACTION.fullmatch(right) or NUMBER.fullmatch(right)
     if match is None or not all(LEFT_SIDE.fullmatch(side) for side in left):
@@ -182,8 +182,8 @@ def answers_match(a: str, b: str) -> bool:
     All other answers are different, and so are doubtful cases, because a wrong match rewards an
     error, while a missed match only loses a vote.
     """
-    a = normalise(a)
-    b = normalise(b)
+    a = normalize(a)
+    b = normalize(b)
     if a == b:
         return a != ""
     for read in (read_choice, read_number):
@@ -448,9 +448,7 @@ class Text:
             cuts.add(token_at(offsets, marker_start))
         start = token_at(offsets, answer_start)
         # All tokens of the answer's last character belong to the answer.
-        end = token_at(offsets, answer_end - 1) + 1
-        while end < len(offsets) and offsets[end] == offsets[end - 1]:
-            end += 1
+        end = token_at(offsets, offsets[token_at(offsets, answer_end - 1)])
         cuts = [len(prompt) + cut for cut in sorted(cuts)]
         return tokens, cuts, len(prompt) + start, len(prompt) + end
 

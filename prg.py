@@ -360,7 +360,7 @@ def packed_support(model, traces: list[Trace], tokens: int = 2048, device=None):
         for h, target in zip(hidden.split(512), targets.split(512)):
             logprobs.append(model.logits(h).log_softmax(-1).gather(1, target)[:, 0])
         table = torch.zeros(batch.mask.shape, device=device)
-        table[batch.mask] = torch.cat(logprobs)
+        table[batch.mask] = torch.cat(logprobs).float()
         support[batch.trace, batch.cut] = (table.sum(1) / batch.mask.sum(1)).exp()
         mask[batch.trace, batch.cut] = True
     return support, mask

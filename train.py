@@ -141,9 +141,11 @@ def check_arguments(args, parser):
         parser.error("--group_size cannot be 1, since a group compares rollouts: give at least 2")
     if not args.marker.strip() or "\n" in args.marker:
         parser.error("--marker must be a single line that is not blank, such as 'Answer:'")
-    kind = (args.device or "cpu").partition(":")[0]
-    if kind not in ("cpu", "cuda") or kind == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device {args.device} is not available here: give cpu, cuda or cuda:N")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if args.device and args.device not in devices:
+        parser.error(f"--device cannot be {args.device} here: give one of {', '.join(devices)}")
     if not args.model and (args.eval_only or args.labeled or args.unlabeled or args.eval):
         parser.error("--model is missing: give the folder of a checkpoint")
     for name in files_needed(args):
@@ -233,19 +235,21 @@ def load_data(args, text: data.Text, context: int):
     queries = []
     held_out = []
     limit = args.max_prompt_tokens
-    skipped = {}
+    skipped = []
     if "labeled" in files_needed(args):
-        pairs, skipped[args.labeled] = data.load_labeled(args.labeled, text, limit,
-                                                         args.max_new_tokens, args.max_labeled)
+        pairs, number = data.load_labeled(args.labeled, text, limit, args.max_new_tokens,
+                                          args.max_labeled)
+        skipped.append((args.labeled, number))
         traces = [make_trace(text, prompt, response) for prompt, response in pairs]
     if "unlabeled" in files_needed(args):
-        queries, skipped[args.unlabeled] = data.load_unlabeled(args.unlabeled, text, limit,
-                                                               args.max_unlabeled)
+        queries, number = data.load_unlabeled(args.unlabeled, text, limit, args.max_unlabeled)
+        skipped.append((args.unlabeled, number))
     if args.eval:
-        held_out, skipped[args.eval] = data.load_eval(args.eval, text, limit, args.max_eval)
-    for path, number in skipped.items():
+        held_out, number = data.load_eval(args.eval, text, limit, args.max_eval)
+        skipped.append((args.eval, number))
+    for path, number in skipped:
         if number:
-            say(f"{path}: {number} records are skipped because they are longer than "
+            say(f"{path}: {number} of the records were skipped because they are longer than "
                 "--max_prompt_tokens or --max_new_tokens")
     longest = limit + args.max_new_tokens
     if longest > context:
@@ -827,8 +831,9 @@ def open_log(out: Path, steps_done: int):
     """
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if path.exists() and not steps_done:
-        say(f"the earlier run in {out} is replaced")
+    if not steps_done:
+        if path.exists():
+            say(f"the earlier run in {out} is replaced")
         (out / "checkpoint.pt").unlink(missing_ok=True)
         (out / "eval.json").unlink(missing_ok=True)
     kept = "".join(lines[:steps_done])
