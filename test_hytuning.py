@@ -1569,7 +1569,9 @@ def test_an_evaluation_matches_its_definition_for_any_batch_size(toy_run, traine
         single = trainer.text.answer(best.response)
         greedy.append(bool(single) and data.answers_match(single, gold))
     p, right, gains, answered = zip(*samples)
+    with_answer = [((gain + 1) / 2, r) for gain, r, a in zip(gains, right, answered) if a]
     expected = {"n": 9, "prg": sum(gains) / 54, "answered": sum(answered) / 54,
+                "prg_auroc": auroc(*zip(*with_answer)),
                 "greedy_accuracy": sum(greedy) / 9, "reliability": prg.reliability(p, right)}
     for name, confidence, correct in (("sample", p, right), ("vote", *zip(*votes))):
         wrong = [c for c, r in zip(confidence, correct) if not r]
@@ -1588,7 +1590,8 @@ def test_an_evaluation_matches_its_definition_for_any_batch_size(toy_run, traine
 def test_results_are_printed_as_a_table_and_diagrams_to_scale(capsys):
     block = {"accuracy": 0.25, "auroc": None}
     base = {"sample": block, "vote": {"accuracy": 0.5, "auroc": 0.75}, "greedy_accuracy": 0.5,
-            "answered": 1.0, "prg": 0.1, "reliability": [(0.25, 0.5, 6), (1.0, 0.0, 2)]}
+            "answered": 1.0, "prg": 0.1, "prg_auroc": 0.6,
+            "reliability": [(0.25, 0.5, 6), (1.0, 0.0, 2)]}
     train.print_results({"base": base, "final": {**base, "reliability": [(0.5, 1.0, 8)]}})
     lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.split() == ["base", "final"])

@@ -535,6 +535,7 @@ def evaluate(held_out, found: dict[tuple, dict]) -> dict:
     greedy = []
     answers = []
     gains = []
+    earned = []  # (PRG scaled to [0, 1], whether right) of every sample with an answer
     for prompt, _, gold in held_out:
         entry = found[tuple(prompt)]
         right = [is_right(answer, gold) for answer in entry["answers"]]
@@ -544,10 +545,15 @@ def evaluate(held_out, found: dict[tuple, dict]) -> dict:
         greedy.append(is_right(entry["greedy"], gold))
         answers += entry["answers"]
         gains += entry["prg"]
+        for answer, gain, correct in zip(entry["answers"], entry["prg"], right):
+            if answer is not None:
+                earned.append(((gain + 1) / 2, correct))
     return {"sample": measure_confidence(samples), "vote": measure_confidence(votes),
             "greedy_accuracy": sum(greedy) / len(greedy),
             "answered": 1 - answers.count(None) / len(answers),
-            "prg": sum(gains) / len(gains), "n": len(held_out),
+            "prg": sum(gains) / len(gains),
+            "prg_auroc": measure_confidence(earned)["auroc"] if earned else None,
+            "n": len(held_out),
             "reliability": prg.reliability(*zip(*samples))}
 
 
@@ -579,7 +585,7 @@ def print_results(results: dict):
         for result in results.values():
             row += f"{show(result['sample'][measure]):>9}{show(result['vote'][measure]):>7}"
         print(row)
-    for measure in ("greedy_accuracy", "answered", "prg"):
+    for measure in ("greedy_accuracy", "answered", "prg", "prg_auroc"):
         print(f"{measure:22}" + "".join(f"{show(r[measure]):>9}{'':7}" for r in results.values()))
     if last["answered"] == 0:
         print("\nwarning: no response has a readable answer, so confidence means nothing: raise "
@@ -799,8 +805,8 @@ def train(trainer: Trainer, base: dict | None, log) -> bool:
     args = trainer.args
     if args.method == "hytuning" and trainer.anchor < 0.05:
         say(f"warning: under {args.model} the mean PRG of the supervised traces is only "
-            f"{trainer.anchor:.3f}; the model has probably not learned the answer format: train it "
-            "with --method rd first, and start from the result")
+            f"{trainer.anchor:.3f}: if the model has not learned the answer format, train it with "
+            "--method rd first; if it has learned these traces by heart, use other traces")
     stopping = False
     bar = tqdm(total=args.steps, initial=trainer.steps_done, desc=args.method,
                disable=trainer.rank > 0 or None)  # None: shown on a terminal only
