@@ -6,6 +6,7 @@ not installed.
 
 SPDX-License-Identifier: MIT
 """
+import itertools
 import json
 import math
 import os
@@ -1569,9 +1570,13 @@ def test_an_evaluation_matches_its_definition_for_any_batch_size(toy_run, traine
         single = trainer.text.answer(best.response)
         greedy.append(bool(single) and data.answers_match(single, gold))
     p, right, gains, answered = zip(*samples)
-    with_answer = [((gain + 1) / 2, r) for gain, r, a in zip(gains, right, answered) if a]
+    wins = []
+    for start in range(0, 54, 6):
+        for i, j in itertools.permutations(range(start, start + 6), 2):
+            if right[i] and answered[j] and not right[j]:
+                wins.append(0.5 if gains[i] == gains[j] else float(gains[i] > gains[j]))
     expected = {"n": 9, "prg": sum(gains) / 54, "answered": sum(answered) / 54,
-                "prg_auroc": auroc(*zip(*with_answer)),
+                "prg_wins": sum(wins) / len(wins),
                 "greedy_accuracy": sum(greedy) / 9, "reliability": prg.reliability(p, right)}
     for name, confidence, correct in (("sample", p, right), ("vote", *zip(*votes))):
         wrong = [c for c, r in zip(confidence, correct) if not r]
@@ -1590,7 +1595,7 @@ def test_an_evaluation_matches_its_definition_for_any_batch_size(toy_run, traine
 def test_results_are_printed_as_a_table_and_diagrams_to_scale(capsys):
     block = {"accuracy": 0.25, "auroc": None}
     base = {"sample": block, "vote": {"accuracy": 0.5, "auroc": 0.75}, "greedy_accuracy": 0.5,
-            "answered": 1.0, "prg": 0.1, "prg_auroc": 0.6,
+            "answered": 1.0, "prg": 0.1, "prg_wins": 0.6,
             "reliability": [(0.25, 0.5, 6), (1.0, 0.0, 2)]}
     train.print_results({"base": base, "final": {**base, "reliability": [(0.5, 1.0, 8)]}})
     lines = capsys.readouterr().out.splitlines()

@@ -535,7 +535,7 @@ def evaluate(held_out, found: dict[tuple, dict]) -> dict:
     greedy = []
     answers = []
     gains = []
-    earned = []  # (PRG scaled to [0, 1], whether right) of every sample with an answer
+    wins = []  # for each right and wrong sample of a query: whether the right one has more PRG
     for prompt, _, gold in held_out:
         entry = found[tuple(prompt)]
         right = [is_right(answer, gold) for answer in entry["answers"]]
@@ -545,15 +545,17 @@ def evaluate(held_out, found: dict[tuple, dict]) -> dict:
         greedy.append(is_right(entry["greedy"], gold))
         answers += entry["answers"]
         gains += entry["prg"]
+        gains_right = []
+        gains_wrong = []
         for answer, gain, correct in zip(entry["answers"], entry["prg"], right):
             if answer is not None:
-                earned.append(((gain + 1) / 2, correct))
+                (gains_right if correct else gains_wrong).append(gain)
+        wins += [(a > b) + (a == b) / 2 for a in gains_right for b in gains_wrong]
     return {"sample": measure_confidence(samples), "vote": measure_confidence(votes),
             "greedy_accuracy": sum(greedy) / len(greedy),
             "answered": 1 - answers.count(None) / len(answers),
             "prg": sum(gains) / len(gains),
-            "prg_auroc": measure_confidence(earned)["auroc"] if earned else None,
-            "n": len(held_out),
+            "prg_wins": sum(wins) / len(wins) if wins else None, "n": len(held_out),
             "reliability": prg.reliability(*zip(*samples))}
 
 
@@ -585,7 +587,7 @@ def print_results(results: dict):
         for result in results.values():
             row += f"{show(result['sample'][measure]):>9}{show(result['vote'][measure]):>7}"
         print(row)
-    for measure in ("greedy_accuracy", "answered", "prg", "prg_auroc"):
+    for measure in ("greedy_accuracy", "answered", "prg", "prg_wins"):
         print(f"{measure:22}" + "".join(f"{show(r[measure]):>9}{'':7}" for r in results.values()))
     if last["answered"] == 0:
         print("\nwarning: no response has a readable answer, so confidence means nothing: raise "
