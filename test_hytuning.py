@@ -2007,8 +2007,8 @@ def test_a_command_of_the_readme_works(block, toy_run, tmp_path):
         close(float(found["hytuning - rd"]), float(found["hytuning"]) - float(found["rd"]), 2e-3)
 
 
-def test_the_readme_has_all_examples_and_at_most_20_kilobytes():
+def test_the_readme_has_all_examples_and_at_most_18_kilobytes():
     files = {files for files, _ in PYTHON}
     assert files == {"prg.py", "hytuning.py", "data.py", "model.py", "data.py prg.py hytuning.py"}
     assert len(BASH) >= 4 and any("for seed in" in block for block in BASH)
-    assert len(README.encode()) <= 20480
+    assert len(README.encode()) <= 18 * 1024
