@@ -484,7 +484,8 @@ def read_jsonl(path, limit: int = 0) -> list[tuple[str, dict]]:
                 raise ValueError("it has no named fields")
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)  # without JSONDecodeError's own line number
-            raise DataError(f"{where} is not a JSON object ({reason}): correct it") from None
+            raise DataError(f"{where} is not a JSON object ({reason}): write one object on each "
+                            "line, in UTF-8") from None
         records.append((where, record))
         if len(records) == limit:
             break
@@ -541,7 +542,8 @@ def load_labeled(path, text: Text, max_prompt: int, max_response: int, limit: in
         prompt = text.prompt(text_field(record, "prompt", where))
         reasoning, answer = solution_of(record, where)
         if not reasoning.strip():
-            raise DataError(f"{where} has no 'reasoning': add it, or use GSM8K's '... #### 18'")
+            raise DataError(f"{where} has no 'reasoning' (the fields are {', '.join(record)}): add "
+                            "it, or use GSM8K's '... #### 18'")
         words = text.encode(f"{reasoning}\n{answer}", after="\n")
         if 2 * words.count(text.unknown) > len(words):
             raise DataError(f"{where}: the model's tokenizer does not know most of these words: "

@@ -716,7 +716,8 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
         s.cache.width = min(max_new_tokens, math.ceil(n / bucket) * bucket)
         s.advance()
     if s.failed:
-        raise FloatingPointError("the model's logits are not finite: check its weights")
+        raise FloatingPointError("the model's logits are not finite: check its weights, or "
+                                 "lower the learning rate if it is being trained")
     counts = (s.out >= 0).sum(1)  # [n]
     tokens = [row[:count] for row, count in zip(s.out.tolist(), counts.tolist())]
     groups = [tokens[i:i + samples_per_prompt] for i in range(0, len(tokens), samples_per_prompt)]

@@ -1609,6 +1609,27 @@ def test_results_are_printed_as_a_table_and_diagrams_to_scale(capsys):
                        "  0.50  " + "#" * 20 + "|" + "#" * 19 + "   1.00 of 8"]
 
 
+def test_examples_begin_with_a_wrong_majority_and_show_responses_without_an_answer(capsys):
+    common = {"prg": [0.125], "greedy": "5", "curve": [(0.25, "(before any step)"), (0.5, "2 + 3\n")]}
+    found = {(1,): {**common, "answers": ["5", "5", "6"], "text": "2 + 3\nAnswer: 5"},
+             (2,): {**common, "answers": [None, "7", "7"], "text": "I wonder"}}
+    train.print_examples([([1], "First?", "5"), ([2], "Second?", "8")], found, 2, 0.25)
+    assert capsys.readouterr().out == """
+Second?
+  sample 1 of 3, with the support of its answer under this model:
+  I wonder
+  (no answer: this response is cut off or has no marker)
+  majority: 7 (2 of 3 samples); right answer: 8
+
+First?
+  sample 1 of 3, with the support of its answer under this model:
+  p = 0.25 #####                (before any step)
+  p = 0.50 ##########           2 + 3
+  answer: 5 (right); PRG 0.125 (anchor under the starting model: 0.250)
+  majority: 5 (2 of 3 samples); right answer: 5
+"""
+
+
 def test_random_numbers_are_never_used_twice(trainer_for):
     """Evaluation and training use different numbers, and so do two steps."""
     trainer = trainer_for("--queries_per_step", 1, "--rollouts_per_batch", 1000)
@@ -1945,8 +1966,9 @@ name, *words = sys.argv[1:]
 for printed, here in ("_node=8", "_node=2"), ("--nnodes=2", "--nnodes=1"), ("HOST", "localhost"):
     words = [word.replace(printed, here) for word in words]
 module = ["-m", "torch.distributed.run"] if name == "torchrun" else []
+short = ["--max_eval", "5"] if "out/toy" in words else SHORT
 if name != "pip":
-    os.execv(sys.executable, [sys.executable, *module, *words, *SHORT])
+    os.execv(sys.executable, [sys.executable, *module, *words, *short])
 """
 
 

@@ -133,6 +133,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def check_arguments(args, parser):
     may_be_0 = ("max_labeled", "max_unlabeled", "max_eval", "steps", "seed", "show")
     for name, value in vars(args).items():
+        if value == "":
+            parser.error(f"--{name} is empty: give a value")
         is_number = type(value) in (int, float)
         if is_number and not (0 < value < math.inf or value == 0 and name in may_be_0):
             least = "0 or more" if name in may_be_0 else "a positive number"
@@ -145,7 +147,9 @@ def check_arguments(args, parser):
     if torch.cuda.is_available():
         devices += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if args.device and args.device not in devices:
-        parser.error(f"--device cannot be {args.device} here: give one of {', '.join(devices)}")
+        parser.error(f"--device {args.device} is not available: PyTorch finds {', '.join(devices)}")
+    if args.eval_only and args.resume:
+        parser.error("--resume continues a training, which --eval_only leaves out: remove one")
     if not args.model and (args.eval_only or args.labeled or args.unlabeled or args.eval):
         parser.error("--model is missing: give the folder of a checkpoint")
     for name in files_needed(args):
@@ -249,12 +253,12 @@ def load_data(args, text: data.Text, context: int):
         skipped.append((args.eval, number))
     for path, number in skipped:
         if number:
-            say(f"{path}: {number} of the records were skipped because they are longer than "
-                "--max_prompt_tokens or --max_new_tokens")
+            say(f"{path}: records skipped because they are longer than --max_prompt_tokens or "
+                f"--max_new_tokens: {number}")
     longest = limit + args.max_new_tokens
     if longest > context:
-        raise UsageError(f"--max_prompt_tokens and --max_new_tokens add up to {longest} tokens, "
-                         f"but {args.model} supports {context}: lower them")
+        raise UsageError(f"--max_prompt_tokens {limit} and --max_new_tokens {args.max_new_tokens} "
+                         f"add up to {longest}, but {args.model} supports {context}: lower them")
     return traces, queries, held_out
 
 
@@ -498,7 +502,7 @@ def answer_held_out(trainer: Trainer, held_out) -> dict[tuple, dict]:
 
     The processes divide the prompts and exchange the results: the answers of the samples (None if
     there is none), their confidence p_K (0 without an answer) and their PRG, the answer of greedy
-    decoding, and the support and the text of each step of the first sample.
+    decoding, and of the first sample its text and the support and the text of each step.
     """
     text = trainer.text
     S = trainer.args.eval_samples
@@ -518,7 +522,7 @@ def answer_held_out(trainer: Trainer, held_out) -> dict[tuple, dict]:
         found[tuple(prompt)] = {
             "answers": [text.answer(samples[j].response) for j in group],
             "confidence": [confidence[j] for j in group], "prg": [gains[j] for j in group],
-            "greedy": text.answer(greedy[i].response),
+            "greedy": text.answer(greedy[i].response), "text": text.decode(first.response),
             "curve": list(zip(support[i * S].tolist(), ["(before any step)", *steps]))}
     if trainer.world_size > 1:
         parts = [None] * trainer.world_size
@@ -618,11 +622,14 @@ def print_examples(held_out, found: dict[tuple, dict], number: int, anchor: floa
         entry = found[tuple(prompt)]
         S = len(entry["answers"])
         print(f"\n{question}\n  sample 1 of {S}, with the support of its answer under this model:")
-        for p, step in entry["curve"]:
-            print(f"  p = {p:4.2f} {'#' * round(20 * p):20s} {' '.join(step.split())}")
-        verdict = "right" if is_right(entry["answers"][0], gold) else "wrong"
-        print(f"  answer: {entry['answers'][0]} ({verdict}); PRG {show(entry['prg'][0])} "
-              f"(anchor under the starting model: {show(anchor)})")
+        if entry["answers"][0] is None:
+            print(f"  {entry['text']}\n  (no answer: this response is cut off or has no marker)")
+        else:
+            for p, step in entry["curve"]:
+                print(f"  p = {p:4.2f} {'#' * round(20 * p):20s} {' '.join(step.split())}")
+            verdict = "right" if is_right(entry["answers"][0], gold) else "wrong"
+            print(f"  answer: {entry['answers'][0]} ({verdict}); PRG {show(entry['prg'][0])} "
+                  f"(anchor under the starting model: {show(anchor)})")
         winner, share = data.majority(entry["answers"])
         print(f"  majority: {winner} ({round(share * S)} of {S} samples); right answer: {gold}")
 
@@ -782,7 +789,7 @@ def main(argv=None) -> bool:
             save_pretrained(model, out / "model")
             say(f"the model is in {out / 'model'}, the log in {out / 'metrics.jsonl'}")
         if not finished:
-            say(f"stopped after step {trainer.steps_done}: use --resume to continue")
+            say(f"stopped after step {trainer.steps_done}: add --resume to the command to continue")
     if finished and held_out:
         found = answer_held_out(trainer, held_out)
         results["model" if args.eval_only else "final"] = evaluate(held_out, found)
@@ -828,7 +835,8 @@ def train(trainer: Trainer, base: dict | None, log) -> bool:
                     f"rollouts {show(line['prg_rollouts'])}, anchor {show(line['anchor'])}")
                 if line["answered"] == 0:
                     say("warning: no rollout ends with a readable answer: raise --max_new_tokens, "
-                        "or teach the format with --method rd first")
+                        "or teach the format with --method rd first; if there were answers before, "
+                        "lower --lr")
     return not stopping
 
 
