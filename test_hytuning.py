@@ -1060,7 +1060,7 @@ def test_steps_of_any_text_are_whole_lines_merged_evenly(build, lines, answer, b
 
 @pytest.mark.parametrize("before, response, after", [
     ("", "one\ntwo", ["<|im_end|>"]), ("", "one\nAnswer:", ["<|im_end|>"]), ("", "", []),
-    ("", "cut off\nAnswer: 18", []), ("æ", "a byte that is no text\nAnswer: 18", ["<|im_end|>"])])
+    ("", "cut off\nAnswer: 18", []), ("æ", "invalid UTF-8\nAnswer: 18", ["<|im_end|>"])])
 def test_without_an_answer_there_are_no_steps(before, response, after, build):
     text = build("bytes", CHATML)
     ids = [text.tokenizer.token_to_id(token) for token in [*before, *after]]

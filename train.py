@@ -239,27 +239,28 @@ def load_data(args, text: data.Text, context: int):
     queries = []
     held_out = []
     limit = args.max_prompt_tokens
-    skipped = []
     if "labeled" in files_needed(args):
         pairs, number = data.load_labeled(args.labeled, text, limit, args.max_new_tokens,
                                           args.max_labeled)
-        skipped.append((args.labeled, number))
+        report_skipped(args.labeled, number)
         traces = [make_trace(text, prompt, response) for prompt, response in pairs]
     if "unlabeled" in files_needed(args):
         queries, number = data.load_unlabeled(args.unlabeled, text, limit, args.max_unlabeled)
-        skipped.append((args.unlabeled, number))
+        report_skipped(args.unlabeled, number)
     if args.eval:
         held_out, number = data.load_eval(args.eval, text, limit, args.max_eval)
-        skipped.append((args.eval, number))
-    for path, number in skipped:
-        if number:
-            say(f"{path}: records skipped because they are longer than --max_prompt_tokens or "
-                f"--max_new_tokens: {number}")
+        report_skipped(args.eval, number)
     longest = limit + args.max_new_tokens
     if longest > context:
         raise UsageError(f"--max_prompt_tokens {limit} and --max_new_tokens {args.max_new_tokens} "
                          f"add up to {longest}, but {args.model} supports {context}: lower them")
     return traces, queries, held_out
+
+
+def report_skipped(path: str, number: int):
+    if number:
+        say(f"{path}: records skipped because they are longer than --max_prompt_tokens or "
+            f"--max_new_tokens: {number}")
 
 
 def make_trace(text: data.Text, prompt: list[int], response: list[int]) -> prg.Trace:
@@ -552,8 +553,10 @@ def evaluate(held_out, found: dict[tuple, dict]) -> dict:
         gains_right = []
         gains_wrong = []
         for answer, gain, correct in zip(entry["answers"], entry["prg"], right):
-            if answer is not None:
-                (gains_right if correct else gains_wrong).append(gain)
+            if correct:
+                gains_right.append(gain)
+            elif answer is not None:
+                gains_wrong.append(gain)
         wins += [(a > b) + (a == b) / 2 for a in gains_right for b in gains_wrong]
     return {"sample": measure_confidence(samples), "vote": measure_confidence(votes),
             "greedy_accuracy": sum(greedy) / len(greedy),
@@ -768,13 +771,15 @@ def main(argv=None) -> bool:
     if not args.model:
         set_up_toy(args, rank, device)
     out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file: give a folder")
     if not args.eval_only and Path(args.model).resolve() == (out / "model").resolve():
         raise UsageError(f"--model {args.model} would be overwritten: use another --out")
     model, text = load_model(args, device)
     traces, queries, held_out = load_data(args, text, model.config.context)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be created ({error.strerror}): give another "
+                         "folder") from None
     trainer = Trainer(args, model, text, traces, queries, rank, world_size)
     results = {}
     finished = True
