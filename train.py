@@ -41,8 +41,7 @@ from tqdm import tqdm
 import data
 import hytuning
 import prg
-from model import (CheckpointError, Config, Decoder, atomic_write, generate, load_pretrained,
-                   save_pretrained)
+from model import CheckpointError, Config, Decoder, generate, load_pretrained, save_pretrained
 
 
 class UsageError(ValueError):
@@ -640,6 +639,23 @@ def print_examples(held_out, found: dict[tuple, dict], number: int, anchor: floa
 # -----------------------------------------------------------------------------
 # checkpoints
 
+def atomic_write(path: Path, write):
+    """Call write(temporary path), then rename the result to `path`.
+
+    If anything fails, an older file at `path` is left as it was and the temporary file is removed.
+    Raises OSError if the file cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError from torch.save
+        raise OSError(f"{path} cannot be written ({error}): check the folder's "
+                      "permissions and the space on the disk") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save_checkpoint(trainer: Trainer, base: dict | None):
     """On rank 0, write checkpoint.pt, which has everything that a resumed run needs."""
     path = Path(trainer.args.out, "checkpoint.pt")
@@ -791,7 +807,7 @@ def main(argv=None) -> bool:
         results["base"] = base
         finished = train(trainer, base, log)
         if rank == 0:
-            save_pretrained(model, out / "model")
+            save_pretrained(model, out / "model", args.model)
             say(f"the model is in {out / 'model'}, the log in {out / 'metrics.jsonl'}")
         if not finished:
             say(f"stopped after step {trainer.steps_done}: add --resume to the command to continue")
