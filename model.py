@@ -262,12 +262,9 @@ class Decoder(nn.Module):
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)
         for i, layer in enumerate(self.model.layers):
-            attend_here = partial(attend, i) if attend else attention
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attention_mask, attend_here,
-                               use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, cos, sin, attention_mask, attend_here)
+                layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
+            x = layer(x, cos, sin, attention_mask, partial(attend, i) if attend else attention)
         return self.model.norm(x)
 
 

@@ -457,10 +457,9 @@ LLAMA3 = dict(rope_type="llama3", rope_theta=5e3, factor=4.0, low_freq_factor=1.
               high_freq_factor=4.0, original_max_position_embeddings=16)
 CHECKPOINTS = {
     "llama": ("Llama", {}), "tied": ("Llama", dict(tie_word_embeddings=True)),
-    "no GQA": ("Llama", dict(num_key_value_heads=6)),
     "one key head": ("Llama", dict(num_key_value_heads=1)),
     "biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
-    "head_dim": ("Llama", dict(head_dim=16)), "llama3": ("Llama", dict(rope_parameters=LLAMA3)),
+    "llama3": ("Llama", dict(head_dim=16, rope_parameters=LLAMA3)),
     "mistral": ("Mistral", dict(sliding_window=7)),
     "mistral, no window": ("Mistral", dict(sliding_window=None)), "qwen2": ("Qwen2", {}),
     "qwen2, window off": ("Qwen2", dict(use_sliding_window=False, sliding_window=5)),
@@ -520,26 +519,26 @@ def test_the_decoder_matches_transformers_after_loading_and_saving(name, tmp_pat
     assert found == [[g.tolist()] for g in greedy]
     save_pretrained(ours, tmp_path / "ours")
     close(reopened(tmp_path / "ours")(ids).logits, theirs(ids).logits, 1e-5)
-    longer = IDS[:, :n + 1]
     if name in WINDOWS:
-        assert (ours(longer) - theirs(longer).logits).abs().max() > 1e-3, "or more would fit"
+        ids = IDS[:, :n + 1]
+        assert (ours(ids) - theirs(ids).logits).abs().max() > 1e-3, "or a longer one would fit"
 
 
 @pytest.mark.parametrize("rope", [dict(rope_type="default", rope_theta=5e3), LLAMA3])
 def test_an_older_config_gives_the_same_rope_frequencies(rope):
     """An older config has `rope_theta` and `rope_scaling`, with `type` for `rope_type`."""
-    raw = dict(model_type="llama", vocab_size=9, hidden_size=8, intermediate_size=8,
-               num_hidden_layers=1, num_attention_heads=1)
-    newer = Config.from_dict({**raw, "rope_parameters": rope})
+    newer = {**vars(MODEL.config), "rope_parameters": rope}
     scaling = {k.removeprefix("rope_"): v for k, v in rope.items() if k != "rope_theta"}
-    older = Config.from_dict({**raw, "rope_theta": 5e3, "rope_scaling": scaling})
-    close(decoder.rope_frequencies(older.rope_parameters, 8),
-          decoder.rope_frequencies(newer.rope_parameters, 8))
+    older = {**newer, "rope_parameters": None, "rope_theta": 5e3, "rope_scaling": scaling}
+    close(*[decoder.rope_frequencies(Config.from_dict(raw).rope_parameters, 8)
+            for raw in (older, newer)])
 
 
 @torch.no_grad()
-def test_a_bfloat16_file_becomes_a_float32_model(tmp_path):
-    write_checkpoint(tmp_path, dtype=torch.bfloat16)
+def test_bfloat16_shards_become_one_float32_file(tmp_path):
+    write_checkpoint(tmp_path, dtype=torch.bfloat16, max_shard_size="50KB")
+    shards = list(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
     ours = load_pretrained(tmp_path)
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
     close(ours(IDS), reopened(tmp_path)(IDS).logits, 1e-4)
@@ -547,69 +546,55 @@ def test_a_bfloat16_file_becomes_a_float32_model(tmp_path):
     assert halved.lm_head.weight.dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert halved(IDS).dtype == ours(IDS).dtype == torch.float32
-
-
-@torch.no_grad()
-def test_shards_are_read_and_one_file_is_written(tmp_path):
-    theirs = write_checkpoint(tmp_path, max_shard_size="50KB")
-    ours = load_pretrained(tmp_path)
-    close(ours(IDS), theirs(IDS).logits, 1e-4)
     # Save over the shards, which must not be read any more.
     nn.init.ones_(ours.lm_head.weight)
     save_pretrained(ours, tmp_path)
     for again in (load_pretrained(tmp_path)(IDS), reopened(tmp_path)(IDS).logits):
         close(again, ours(IDS), 1e-5)
     (tmp_path / "model.safetensors").unlink()
-    next(tmp_path.glob("model-*.safetensors")).unlink()
+    shards[0].unlink()
     with pytest.raises(CheckpointError, match="Missing key"):
         load_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("stored, tied", [("E-", True), ("-E", True), ("EE", True), ("EH", False)])
 @torch.no_grad()
-def test_a_tied_weight_is_read_under_either_name(name, tmp_path):
-    tied = tiny(tie_word_embeddings=True)
-    save_pretrained(tied, tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights[name] = weights.pop("model.embed_tokens.weight")
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+def test_a_tied_head_is_read_as_in_transformers(stored, tied, tmp_path):
+    """The file has the embeddings and the head, one of them, or a head of its own."""
+    save_pretrained(MODEL, tmp_path)
+    edit_json(tmp_path / "config.json", tie_word_embeddings=True)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    found = dict(zip("EH", [weights.pop(name) for name in names]))
+    weights.update({name: found[x].clone() for name, x in zip(names, stored) if x in found})
+    save_file(weights, path, metadata={"format": "pt"})
     ours = load_pretrained(tmp_path)
-    assert ours.lm_head.weight is ours.model.embed_tokens.weight
-    close(ours(IDS % VOCAB), tied(IDS % VOCAB))
-    close(reopened(tmp_path)(IDS % VOCAB).logits, tied(IDS % VOCAB), 1e-4)
-
-
-@torch.no_grad()
-def test_an_untied_head_stays_untied_though_the_config_says_that_it_is_tied(tmp_path):
-    save_pretrained(MODEL, tmp_path / "a")
-    edit_json(tmp_path / "a" / "config.json", tie_word_embeddings=True)
-    save_pretrained(load_pretrained(tmp_path / "a"), tmp_path / "b")
-    assert json.loads((tmp_path / "b" / "config.json").read_text())["tie_word_embeddings"] is False
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        close(load_pretrained(folder)(IDS % VOCAB), MODEL(IDS % VOCAB))
-        close(reopened(folder)(IDS % VOCAB).logits, MODEL(IDS % VOCAB), 1e-4)
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) is tied
+    close(reopened(tmp_path)(IDS % VOCAB).logits, ours(IDS % VOCAB), 1e-4)
+    save_pretrained(ours, tmp_path)
+    close(reopened(tmp_path)(IDS % VOCAB).logits, ours(IDS % VOCAB), 1e-4)
 
 
 def test_end_tokens_and_the_tokenizer_are_saved(tmp_path):
-    save_pretrained(MODEL, tmp_path / "a")
-    (tmp_path / "a" / "tokenizer.json").write_text("é")
-    (tmp_path / "a" / "notes.txt").touch()
-    edit_json(tmp_path / "a" / "config.json", eos_token_id=7)
-    assert load_pretrained(tmp_path / "a").eos_ids == (7,)
-    edit_json(tmp_path / "a" / "generation_config.json", eos_token_id=0, top_k=5)
-    ours = load_pretrained(tmp_path / "a")
+    a, b = tmp_path / "a", tmp_path / "b"
+    save_pretrained(MODEL, a)
+    modes = {path.stat().st_mode for path in a.iterdir()}
+    assert len(modes) == 1, "whoever can read one of the files can read all of them"
+    (a / "tokenizer.json").write_text("é")
+    edit_json(a / "config.json", eos_token_id=7)
+    assert load_pretrained(a).eos_ids == (7,)
+    edit_json(a / "generation_config.json", eos_token_id=0, top_k=5)
+    ours = load_pretrained(a)
     assert ours.eos_ids == (0,), "generation_config.json comes first"
     ours.eos_ids = (0, 9)
     with patch("shutil.copymode", side_effect=PermissionError):  # as on some network mounts
-        save_pretrained(ours, tmp_path / "b", tmp_path / "a")
-    assert load_pretrained(tmp_path / "b").eos_ids == (0, 9)
-    generation = json.loads((tmp_path / "b" / "generation_config.json").read_text())
+        save_pretrained(ours, b, a)
+    assert load_pretrained(b).eos_ids == (0, 9)
+    assert json.loads((b / "config.json").read_text())["eos_token_id"] == [0, 9]
+    generation = json.loads((b / "generation_config.json").read_text())
     assert generation == {"eos_token_id": [0, 9], "top_k": 5}
-    assert json.loads((tmp_path / "b" / "config.json").read_text())["eos_token_id"] == [0, 9]
-    assert (tmp_path / "b" / "tokenizer.json").read_text() == "é"
-    assert len(list((tmp_path / "b").iterdir())) == 4
-    modes = {path.stat().st_mode for path in (tmp_path / "a").iterdir()}
-    assert len(modes) == 1, "whoever can read one of the files can read all of them"
+    assert (b / "tokenizer.json").read_text() == "é"
 
 
 # A file, a change to it, and what the message must name.
@@ -672,6 +657,14 @@ def test_every_draw_has_a_positive_probability():
     assert decoder.draw(logits, u, 0).equal(logits.argmax(-1))
 
 
+def logits_without_a_cache(model, samples):
+    """Yield each sample of PROMPTS, its indices, and the logits of its tokens [T, V]."""
+    for i, prompt in enumerate(PROMPTS):
+        for j, sample in enumerate(samples[i]):
+            logits = model(torch.tensor([prompt + sample]))[0, len(prompt) - 1:-1]
+            yield i, j, sample, logits
+
+
 @pytest.mark.parametrize("temperature", [1.5, 1, 0])
 @torch.no_grad()
 def test_samples_and_their_statistic_match_passes_without_a_cache(temperature):
@@ -682,13 +675,11 @@ def test_samples_and_their_statistic_match_passes_without_a_cache(temperature):
         samples, means = generate(MODEL, PROMPTS, eos_ids=ENDS, statistic=self_certainty,
                                   **{**SAMPLING, "temperature": temperature})
     u = decoder.uniforms(PROMPTS, 10, n, SAMPLING["seed"]).view(len(PROMPTS), 10, n)
-    for i, prompt in enumerate(PROMPTS):
-        for j, sample in enumerate(samples[i]):
-            logits = MODEL(torch.tensor([prompt + sample]))[0, len(prompt) - 1:-1]
-            assert decoder.draw(logits, u[i, j, :len(sample)], temperature).tolist() == sample
-            assert not any(x in ENDS for x in sample[:-1])
-            assert sample[-1] in ENDS or len(sample) == n
-            close(means[i, j], self_certainty(logits).mean(), 1e-4)
+    for i, j, sample, logits in logits_without_a_cache(MODEL, samples):
+        assert decoder.draw(logits, u[i, j, :len(sample)], temperature).tolist() == sample
+        assert not any(x in ENDS for x in sample[:-1])
+        assert sample[-1] in ENDS or len(sample) == n
+        close(means[i, j], self_certainty(logits).mean(), 1e-4)
     lengths = sorted(len(sample) for group in samples for sample in group)
     assert lengths[0] < 16 and lengths[-1] > 32 and compacted.called, "or nothing was tested"
 
@@ -702,11 +693,8 @@ def test_bfloat16_sampling_with_large_keys_agrees_with_passes_without_a_cache():
     model.bfloat16()
     samples, means = generate(model, PROMPTS, samples_per_prompt=10, max_new_tokens=30,
                               statistic=self_certainty)
-    errors = []
-    for i, prompt in enumerate(PROMPTS):
-        for j, sample in enumerate(samples[i]):
-            logits = model(torch.tensor([prompt + sample]))[0, len(prompt) - 1:-1].float()
-            errors.append(means[i, j] - self_certainty(logits).mean())
+    errors = [means[i, j] - self_certainty(logits).mean()
+              for i, j, _, logits in logits_without_a_cache(model, samples)]
     assert torch.stack(errors).square().mean().sqrt() < 0.005
 
 
