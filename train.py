@@ -51,7 +51,7 @@ class UsageError(ValueError):
 # -----------------------------------------------------------------------------
 # arguments
 
-METHODS = ("rd", "rlif", "static", "votes", "support", "hytuning")
+METHODS = ("rd", "rlif", "static", "votes", "hytuning")
 
 # The training files of the methods that do not need both.
 LEARNS_FROM = {"rd": ("labeled",), "rlif": ("unlabeled",)}
@@ -90,7 +90,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--method", choices=METHODS, default="hytuning",
         help="rd: supervised traces only; rlif: self-certainty only; static: half rd, half rlif; "
              "votes: rd and rlif mixed by lambda, self-certainty pooled by answer; hytuning: votes "
-             "weighted by PRG; support: votes weighted by final support (default: %(default)s)")
+             "weighted by PRG (default: %(default)s)")
     add("--queries_per_step", type=int, default=16, help="for all processes (default: %(default)s)")
     add("--group_size", type=int, default=8, help="G, rollouts per query (default: %(default)s)")
     add("--traces_per_step", type=int, default=16, help="for all processes (default: %(default)s)")
@@ -276,14 +276,12 @@ class Policy(nn.Module):
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, batch: prg.Packed) -> Tensor:
-        """Return log pi of each token of n responses, [n, T], with 0 in the padding."""
+    def forward(self, batch: prg.Packed) -> tuple[Tensor, Tensor]:
+        """Return log pi of the tokens of n responses, [n, T], with 0 in the padding, and a mask."""
         hidden = self.decoder.hidden_states(batch.input_ids, batch.position_ids,
                                             batch.attention_mask)  # [B, W, D]
-        hidden = hidden.flatten(0, 1)[batch.slots[batch.mask]]  # [tokens of responses, D]
-        targets = batch.targets[batch.mask]
-        logprobs = hytuning.head_logprobs(hidden, self.decoder.logits, targets)
-        return logprobs.new_zeros(batch.mask.shape).masked_scatter(batch.mask, logprobs)
+        hidden = hidden.flatten(0, 1)[batch.slots]  # [tokens of responses, D]
+        return batch.pad(hytuning.head_logprobs(hidden, self.decoder.logits, batch.targets))
 
 
 # A process without data runs this trace with weight 0, so that DDP has a backward pass there.
@@ -324,9 +322,9 @@ class Trainer:
         self.anchor = None
         self.v = torch.zeros(0, device=self.device)
         if self.traces:
-            _, evidence = self.judge_traces(self.traces)
-            self.anchor = evidence.mean().item()
-            self.v = hytuning.trace_weights(args.method, evidence, self.anchor, args.tau)
+            PRG = self.compute_prg(self.traces)
+            self.anchor = PRG.mean().item()
+            self.v = hytuning.trace_weights(args.method, PRG, self.anchor, args.tau)
 
     def step(self) -> dict:
         """Take one training step, and return its line for metrics.jsonl.
@@ -344,13 +342,13 @@ class Trainer:
         clock.append(self.now())
 
         # 2. Compute the PRG of each rollout under the frozen starting model.
-        gains, evidence = self.judge_traces(rollouts)  # [N] each; equal except for `support`
+        PRG = self.compute_prg(rollouts)  # [N]
         answers = [self.text.answer(x.response) for x in rollouts]
         answers = self.column(data.number_answers(answers, args.group_size))  # [N], -1 for none
         clock.append(self.now())
 
         # 3. to 5. Compute w, r, e, A and lambda. To try another reward, change `learning_signals`.
-        A, e = hytuning.learning_signals(args.method, c, evidence, answers, args.group_size,
+        A, e = hytuning.learning_signals(args.method, c, PRG, answers, args.group_size,
                                          self.anchor, args.tau)  # [N] each
         earned, N_all = all_sum(self.column([e.sum(), len(e)])).tolist()  # over all processes
         lam = earned / max(N_all, 1)
@@ -361,7 +359,7 @@ class Trainer:
         clock.append(self.now())
         self.steps_done += 1
 
-        columns = {"prg_rollouts": gains, "self_certainty": c, "answered": answers >= 0,
+        columns = {"prg_rollouts": PRG, "self_certainty": c, "answered": answers >= 0,
                    "undecided": A == 0,
                    "response_length": self.column([len(x.response) for x in rollouts])}
         line = {"step": self.steps_done, "lambda": lam, "loss_rd": L_RD, "grad_norm": grad_norm,
@@ -376,11 +374,11 @@ class Trainer:
         A [N] has the advantages of this process's rollouts; N_all counts those of all processes.
         Terms of weight 0 are left out. Raises FloatingPointError if the gradient is not finite.
         """
-        share = []
+        indices = []
         if lam < 1:
-            share = self.share_of_batch(len(self.traces), self.args.traces_per_step, "traces")
-        traces = [self.traces[i] for i in share]
-        v = self.v[share].float()
+            indices = self.share_of_batch(len(self.traces), self.args.traces_per_step, "traces")
+        traces = [self.traces[i] for i in indices]
+        v = self.v[indices].float()
         tokens = all_sum(self.column([sum(len(x.response) for x in traces)])).clamp(min=1)
         kept = [] if lam == 0 else A.nonzero()[:, 0].tolist()
         rollouts = [rollouts[i] for i in kept]
@@ -397,15 +395,15 @@ class Trainer:
             self.policy.require_backward_grad_sync = i == len(batches) - 1
             with self.autocast():
                 # Call the DDP wrapper, since self.policy.module would not synchronize gradients.
-                logprobs = self.policy(batch)  # [n, T]
+                logprobs, mask = self.policy(batch)  # [n, T] each
             # Losses are divided by global counts, so they add up over batches and processes.
             L_RD = torch.zeros(1, device=self.device)
             L_RLIF = torch.zeros(1, device=self.device)
             if i < len(rd_batches):
-                mask = v[batch.trace, None] * batch.mask
+                mask = v[batch.trace, None] * mask
                 L_RD = hytuning.distillation_loss(logprobs, mask, tokens)
             else:
-                L_RLIF = hytuning.rlif_loss(logprobs, batch.mask, A[batch.trace], N_all)
+                L_RLIF = hytuning.rlif_loss(logprobs, mask, A[batch.trace], N_all)
             # DDP averages gradients over processes. The factor turns the average into a sum.
             (hytuning.hytuning_loss(L_RD, L_RLIF, lam) * self.world_size).backward()
             total_RD += L_RD.detach()
@@ -464,19 +462,15 @@ class Trainer:
                                                self.device)
         return support.double(), mask
 
-    def judge_traces(self, traces) -> tuple[Tensor, Tensor]:
-        """Return PRG and the method's evidence, [N] each, of traces under the starting model."""
-        support, mask = self.measure_support(self.judge, traces)
-        gains = prg.progressive_reasoning_gain(support, mask)
-        p_K = prg.final_support(support, mask)
-        return gains, hytuning.choose_evidence(self.args.method, gains, p_K)
+    def compute_prg(self, traces) -> Tensor:
+        """Return the PRG [N] of traces under the frozen starting model."""
+        return prg.progressive_reasoning_gain(*self.measure_support(self.judge, traces))
 
     def pack(self, traces) -> list[prg.Packed]:
         return prg.pack(traces, copies=False, tokens=self.args.tokens_per_batch, device=self.device)
 
     def autocast(self):
-        # With its weight cache, autocast would add up the gradients of all chunks in bfloat16.
-        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False,
+        return torch.autocast(self.device.type, torch.bfloat16,
                               enabled=self.dtype == torch.bfloat16)
 
     def column(self, values: list) -> Tensor:
@@ -751,7 +745,8 @@ def train_toy_base(folder: Path, device: torch.device):
             response = text.response(record["reasoning"], record["answer"])
             traces.append(make_trace(text, prompt, response))
         batch, = prg.pack(traces, copies=False, tokens=2**20, device=device)
-        hytuning.distillation_loss(policy(batch), batch.mask).backward()
+        logprobs, mask = policy(batch)
+        hytuning.distillation_loss(logprobs, mask, mask.sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
