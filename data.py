@@ -156,9 +156,10 @@ def canonical(answer: str) -> str:
 
 # A common unit, or a plural that does not multiply the number, and what may follow it.
 UNIT = (r" (?:[€£¥₹°]|[cmk]m|[mk]g|ml|km/h|mph|people|feet|hour|minute|day|week|year|(?!times|pairs"
-        r"|couples|halves|quarters|logs|scores|tens|percents|(?!months)[a-z]*(?:ths|thirds|hundreds"
-        r"|thousands|illions|illiards|zeroe?s|dozens|crores|lakhs))[a-z]{2,}[a-rtv-z]s)"
-        r"(?: (?:old|long|tall|left|in total|altogether|(?:of|per|an?|each|every) [a-z]{3,}))?")
+        r"|couples|halves|quarters|logs|scores|percents|twos|threes|fours|fives|sixes|sevens|eights"
+        r"|nines|tens|(?!months)[a-z]*(?:ths|thirds|hundreds|thousands|illions|illiards|zeroe?s"
+        r"|dozens|crores|lakhs))[a-z]{2,}[a-rtv-z]s)"
+        r"(?: (?:old|long|tall|left|in total|altogether|per [a-z]{3,}))?")
 
 
 def answers_match(answer: str, gold: str) -> bool:
