@@ -1,8 +1,8 @@
 """Answers, prompts and responses as text and as token ids, JSONL records, and a toy task.
 
-A response has one reasoning step per line and ends with a marker ("Answer:") and the answer. Steps
-and answer are located in the token ids of the response itself, because encoding its text again may
-give other tokens. The toy task shows the effect of the method in 90 seconds on a laptop.
+A response has one reasoning step per line and ends with a marker ("Answer:" or "\\boxed{") and the
+answer. Steps and answer are located in the token ids of the response itself, because encoding its
+text again may give other tokens. The toy task shows the method's effect in 90 seconds on a laptop.
 
 This file is self-contained; copy it freely. Next to read: model.py.
 
@@ -37,9 +37,10 @@ def find_answer(text: str, marker: str = MARKER) -> tuple[int, int, int] | None:
     r"""Return (marker start, answer start, answer end) in characters, or None without an answer.
 
     The answer is the rest of the line after the last marker. The marker is found in upper and lower
-    case, in bold and with a fullwidth colon: "**ANSWER**: 18", "Answer：18". If its line ends there,
-    or without a marker, the answer is the content of the last \boxed{...} after it that is closed,
-    and "\boxed{" ends or is the marker. Thoughts, which end with "</think>", are not searched.
+    case, in bold and with a fullwidth colon: "**ANSWER**: 18", "Answer：18". Without a marker, the
+    answer is the content of the last \boxed{...} whose braces are closed, and the marker is
+    "\boxed{"; a marker with nothing behind it on its line goes on to such a box after it. Thoughts,
+    which end with "</think>", are not searched.
     """
     start = text.rfind("</think>") + 1
     if "<think>" in text[start:]:
@@ -49,8 +50,9 @@ def find_answer(text: str, marker: str = MARKER) -> tuple[int, int, int] | None:
         pattern += r"[^\S\n]*[:：]\*{0,3}"
     marker_start = None
     answer = ""
-    for found in re.compile(pattern, re.IGNORECASE).finditer(text, start):
-        marker_start, start = found.span()
+    found = list(re.compile(pattern, re.IGNORECASE).finditer(text, start))
+    if found:
+        marker_start, start = found[-1].span()
         answer = text[start:].partition("\n")[0].strip()
     bold = re.fullmatch(r"(?:\*\*)?([^*]*)\*\*", answer)  # "**18**", or as in "**Answer: 18**"
     if bold:
@@ -265,8 +267,8 @@ def render_chat(folder: Path, date: datetime) -> tuple[str, str] | None:
             raise ValueError("it leaves out the user's message")
     except Exception as error:  # A template may raise anything.
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"the chat template in {folder} cannot be used ({reason}): correct "
-                        f"chat_template.jinja or tokenizer_config.json") from None
+        raise DataError(f"the chat template in {folder} cannot be used ({reason}): correct it in "
+                        "chat_template.jinja or tokenizer_config.json") from None
     return prompt, conversation
 
 
