@@ -19,6 +19,7 @@ SPDX-License-Identifier: MIT
 import argparse
 import contextlib
 import copy
+import hashlib
 import json
 import math
 import os
@@ -221,7 +222,7 @@ def say(text: str):
 
 def load_model(args, device) -> tuple[Decoder, data.Text]:
     model = load_pretrained(args.model, device)
-    text = data.Text(args.model, model.eos_ids, args.marker, args.max_reasoning_steps)
+    text = data.Text(args.model, model.eos_ids, args.marker)
     if text.vocab_size > model.config.vocab_size:
         raise UsageError(f"{args.model}/tokenizer.json has more tokens than the vocab_size in "
                          "config.json: use the tokenizer that belongs to the model")
@@ -239,16 +240,16 @@ def load_data(args, text: data.Text, context: int):
     held_out = []
     limit = args.max_prompt_tokens
     if "labeled" in files_needed(args):
-        pairs, number = data.load_labeled(args.labeled, text, limit, args.max_new_tokens,
-                                          args.max_labeled)
-        report_skipped(args.labeled, number)
+        pairs, note = data.load_labeled(args.labeled, text, limit, args.max_new_tokens,
+                                        args.max_labeled)
+        report(note)
         traces = [make_trace(text, prompt, response) for prompt, response in pairs]
     if "unlabeled" in files_needed(args):
-        queries, number = data.load_unlabeled(args.unlabeled, text, limit, args.max_unlabeled)
-        report_skipped(args.unlabeled, number)
+        queries, note = data.load_unlabeled(args.unlabeled, text, limit)
+        report(note)
     if args.eval:
-        held_out, number = data.load_eval(args.eval, text, limit, args.max_eval)
-        report_skipped(args.eval, number)
+        held_out, note = data.load_eval(args.eval, text, limit, args.max_eval)
+        report(note)
     longest = limit + args.max_new_tokens
     if longest > context:
         raise UsageError(f"--max_prompt_tokens {limit} and --max_new_tokens {args.max_new_tokens} "
@@ -256,14 +257,13 @@ def load_data(args, text: data.Text, context: int):
     return traces, queries, held_out
 
 
-def report_skipped(path: str, number: int):
-    if number:
-        say(f"{path}: records skipped because they are longer than --max_prompt_tokens or "
-            f"--max_new_tokens: {number}")
+def report(note: str):
+    if note:
+        say(note)
 
 
 def make_trace(text: data.Text, prompt: list[int], response: list[int]) -> prg.Trace:
-    return prg.Trace(*text.parse(prompt, response))
+    return prg.Trace(*text.parse(prompt, response)[0])
 
 
 # -----------------------------------------------------------------------------
@@ -342,8 +342,8 @@ class Trainer:
         clock.append(self.now())
 
         # 2. Compute the PRG of each rollout under the frozen starting model.
-        PRG = self.compute_prg(rollouts)  # [N]
-        answers = [self.text.answer(x.response) for x in rollouts]
+        gains, evidence = self.judge_traces(rollouts)  # [N] each; equal except for `support`
+        answers = [self.text.parse(x.prompt, x.response)[1] for x in rollouts]
         answers = self.column(data.number_answers(answers, args.group_size))  # [N], -1 for none
         clock.append(self.now())
 
@@ -514,9 +514,9 @@ def answer_held_out(trainer: Trainer, held_out) -> dict[tuple, dict]:
         first = samples[i * S]
         steps = [text.decode(first.tokens[a:b]) for a, b in zip(first.cuts, first.cuts[1:])]
         found[tuple(prompt)] = {
-            "answers": [text.answer(samples[j].response) for j in group],
+            "answers": [text.parse([], samples[j].response)[1] for j in group],
             "confidence": [confidence[j] for j in group], "prg": [gains[j] for j in group],
-            "greedy": text.answer(greedy[i].response), "text": text.decode(first.response),
+            "greedy": text.parse([], greedy[i].response)[1], "text": text.decode(first.response),
             "curve": list(zip(support[i * S].tolist(), ["(before any step)", *steps]))}
     if trainer.world_size > 1:
         parts = [None] * trainer.world_size
@@ -699,7 +699,7 @@ def load_checkpoint(trainer: Trainer) -> dict | None:
 def compute_checksums(args) -> dict[str, str]:
     """Return the checksum of each data file that the run reads."""
     paths = [getattr(args, name) for name in (*files_needed(args), "eval")]
-    return {path: data.checksum(path) for path in paths if path}
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if path}
 
 
 # -----------------------------------------------------------------------------
@@ -741,8 +741,8 @@ def train_toy_base(folder: Path, device: torch.device):
         traces = []
         for _ in range(64):
             record = toy.record(rng, careless=True)
-            prompt = text.prompt(record["prompt"])
-            response = text.response(record["reasoning"], record["answer"])
+            prompt = text.encode_prompt(record["prompt"])
+            response = text.encode_response(record["reasoning"], record["answer"])
             traces.append(make_trace(text, prompt, response))
         batch, = prg.pack(traces, copies=False, tokens=2**20, device=device)
         logprobs, mask = policy(batch)
