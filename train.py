@@ -741,7 +741,7 @@ def train_toy_base(folder: Path, device: torch.device):
             record = toy.record(rng, careless=True)
             prompt = text.prompt(record["prompt"])
             response = text.response(record["reasoning"], record["answer"])
-            traces.append(make_trace(text, prompt, response))
+            traces.append(read_response(text, prompt, response)[0])
         batch, = prg.pack(traces, copies=False, tokens=2**20, device=device)
         hytuning.distillation_loss(policy(batch), batch.mask).backward()
         optimizer.step()
