@@ -4,14 +4,16 @@ The four families share one architecture with a few options: a token embedding, 
 (RMSNorm, attention, RMSNorm, gated MLP), a final RMSNorm and a projection to the vocabulary. Read
 `Config`, then `Attention`, `Layer` and `Decoder`, then `generate`.
 
-This file is self-contained; copy it freely.
+This file is self-contained; copy it freely. It is the last to read, after hytuning.py, prg.py,
+`Trainer.step` in train.py, and data.py.
 
 SPDX-License-Identifier: MIT
 """
+import contextlib
 import hashlib
 import json
 import math
-import os
+import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
@@ -43,8 +45,7 @@ FAMILIES = {
 
 @dataclass
 class Config:
-    """The fields of a Hugging Face config.json that affect the computation. Raises CheckpointError
-    if the numbers of heads do not fit each other or head_dim is odd."""
+    """The fields of a Hugging Face config.json that affect the computation."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -63,16 +64,11 @@ class Config:
     mlp_bias: bool = False
     initializer_range: float = 0.02
     rope_parameters: dict = field(default_factory=lambda: dict(rope_type="default", rope_theta=1e4))
-    raw: dict = field(default_factory=dict, repr=False)  # the original config.json
+    raw: dict = field(default_factory=dict, repr=False)  # all of config.json, if it was read
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            raise CheckpointError(
-                f"num_attention_heads is {self.num_attention_heads}, num_key_value_heads is "
-                f"{self.num_key_value_heads} and head_dim is {self.head_dim}: the first must be a "
-                "multiple of the second, and head_dim must be even")
 
     @property
     def context(self) -> int:
@@ -89,64 +85,25 @@ class Config:
         """
         family = raw.get("model_type")
         if family not in FAMILIES:
-            raise CheckpointError(f"model_type {family!r} is not supported: use a model of type "
-                                  f"{', '.join(FAMILIES)}")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"hidden_act {raw['hidden_act']!r} is not supported: use 'silu'")
+            raise CheckpointError(f"model_type {family!r} is not supported")
         if raw.get("quantization_config"):
-            raise CheckpointError("quantized weights are not supported: use the original model")
+            raise CheckpointError("quantized weights are not supported")
+        # New files keep RoPE's settings in rope_parameters, old ones in these two fields.
+        rope = {"rope_theta": raw.get("rope_theta", 1e4), **(raw.get("rope_scaling") or {})}
+        rope.update(raw.get("rope_parameters") or {})
+        rope.setdefault("rope_type", rope.get("type", "default"))  # `type` is the old name
+        if rope["rope_type"] not in ("default", "llama3"):
+            raise CheckpointError(f"RoPE of type {rope['rope_type']!r} is not supported")
         known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
-        known.update(FAMILIES[family], rope_parameters=read_rope(raw), raw=raw)
+        known.update(FAMILIES[family], rope_parameters=rope, raw=raw)
         # Mistral has a sliding window, and Qwen has one if use_sliding_window is true.
         has_window = {"llama": False, "mistral": True}.get(family, raw.get("use_sliding_window"))
         known["sliding_window"] = raw.get("sliding_window", 4096) if has_window else None
         return cls(**known)
 
-    def to_dict(self) -> dict:
-        """Return the content of a config.json that `transformers` can read."""
-        if self.raw:
-            return {**self.raw, "tie_word_embeddings": self.tie_word_embeddings}
-        content = asdict(self)
-        for name in ("raw", "qkv_bias", "qk_norm"):
-            del content[name]
-        content["use_sliding_window"] = self.sliding_window is not None
-        content["architectures"] = [self.model_type.capitalize() + "ForCausalLM"]
-        return content
-
 
 # -----------------------------------------------------------------------------
 # rotary position embedding
-
-def read_rope(raw: dict) -> dict:
-    """Return the RoPE settings of a config.json as one dictionary.
-
-    New files keep them in `rope_parameters`, old ones in `rope_theta` and `rope_scaling`. Raises
-    CheckpointError if two sources differ, or if the settings are incomplete or not supported.
-    """
-    sources = (raw.get("rope_parameters"), raw.get("rope_scaling"),
-               {"rope_theta": raw.get("rope_theta")})
-    rope = {}
-    for source in sources:
-        for name, value in (source or {}).items():
-            if name == "type":  # the old name
-                name = "rope_type"
-            if value is not None and rope.setdefault(name, value) != value:
-                raise CheckpointError(f"{name} is given as {rope[name]} and as {value}: remove one")
-    rope.setdefault("rope_type", "default")
-    rope.setdefault("rope_theta", 1e4)
-
-    kind = rope["rope_type"]
-    differs_by_layer = any(isinstance(value, dict) for value in rope.values())
-    if kind not in ("default", "llama3") or differs_by_layer:
-        raise CheckpointError(f"RoPE of type {kind!r}, or with settings that differ by layer, is "
-                              "not supported: use a model with type 'default' or 'llama3'")
-    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if kind == "llama3" and not rope.keys() >= set(needed):
-        raise CheckpointError(f"RoPE of type llama3 needs {', '.join(needed)}: add them")
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1):
-        raise CheckpointError("partial_rotary_factor must be 1: use a model without it")
-    return rope
-
 
 def rope_frequencies(rope: dict, dim: int, device=None) -> Tensor:
     """Return the angle per position, in radians, by which each pair of a head's coordinates is
@@ -248,30 +205,20 @@ class Layer(nn.Module):
         return x
 
 
-class Trunk(nn.Module):
-    """The decoder without its head. Checkpoints name these parameters `model.*`."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
-        self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-
-
 class Decoder(nn.Module):
     """A causal language model. Parameters have the same names as in a Hugging Face checkpoint."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.model = Trunk(config)
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+            layers=nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers)),
+            norm=nn.RMSNorm(config.hidden_size, config.rms_norm_eps)))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # If True, the backward pass recomputes layers. It saves memory and takes a third more time.
         self.checkpoint_activations = False
-        # The tokens that end a response: see `read_eos_ids`.
-        self.eos_ids: tuple[int, ...] = ()
-        # The content of COPIED_FILES, which save_pretrained writes.
-        self.files: dict[str, bytes] = {}
+        self.eos_ids: tuple[int, ...] = ()  # the tokens that end a response
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.initializer_range)
@@ -287,8 +234,8 @@ class Decoder(nn.Module):
         """Return the float32 logits [B, T, V] of the token after each of input_ids [B, T].
 
         position_ids [B, T] default to 0, ..., T-1. attention_mask [B, 1, T, T] is True where a
-        query (third axis) may attend to a key (last axis); by default attention is causal. Raises
-        ValueError if a position is outside the model's sliding window.
+        query (third axis) may attend to a key (last axis); by default attention is causal. A
+        sequence must not be longer than `Config.context`.
         """
         return self.logits(self.hidden_states(input_ids, position_ids, attention_mask))
 
@@ -309,23 +256,15 @@ class Decoder(nn.Module):
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        window = self.config.sliding_window
-        if window and attend is None and position_ids.max() >= window:
-            raise ValueError(f"a sequence is longer than the model's sliding window of {window} "
-                             "tokens: shorten it")
-
         x = self.model.embed_tokens(input_ids)
         frequency = rope_frequencies(self.config.rope_parameters, self.config.head_dim, x.device)
         angle = position_ids[:, :, None, None] * frequency  # [B, T, 1, d/2]
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)
         for i, layer in enumerate(self.model.layers):
-            attend_here = partial(attend, i) if attend else attention
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attention_mask, attend_here,
-                               use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, cos, sin, attention_mask, attend_here)
+                layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
+            x = layer(x, cos, sin, attention_mask, partial(attend, i) if attend else attention)
         return self.model.norm(x)
 
 
@@ -333,9 +272,9 @@ class Decoder(nn.Module):
 # loading, saving
 
 # Files that save_pretrained copies from the original checkpoint.
-COPIED_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
-                "chat_template.jinja", "chat_template.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
+                   "chat_template.jinja")
 
 
 def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
@@ -345,133 +284,83 @@ def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
     CheckpointError if the folder is incomplete or the model is not supported.
     """
     folder = Path(folder)
-    raw = read_json(folder / "config.json")
     try:
+        raw = json.loads((folder / "config.json").read_bytes())
         config = Config.from_dict(raw)
+        weights = read_weights(folder, device, dtype)
+        if config.tie_word_embeddings:
+            # The file may have the shared weight under either name. If it has two different
+            # weights, use both in spite of config.json, as transformers does.
+            head = weights.get("lm_head.weight")
+            embedding = weights.setdefault("model.embed_tokens.weight", head)
+            head = weights.setdefault("lm_head.weight", embedding)
+            config.tie_word_embeddings = head is embedding or torch.equal(head, embedding)
         with torch.device("meta"):  # allocates no memory
             model = Decoder(config)
-            rope_frequencies(config.rope_parameters, config.head_dim)  # checks the values
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
-            RuntimeError) as error:
-        raise CheckpointError(f"{folder}/config.json cannot be used: {one_line(error)}") from None
-
-    weights = {}
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in file.keys():
-                    # Old files contain RoPE's frequencies, which are computed here instead.
-                    if not name.endswith("rotary_emb.inv_freq"):
-                        weights[name] = file.get_tensor(name).to(dtype)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is missing or not a safetensors file "
-                                  f"({one_line(error)}): download it again") from None
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
-        embedding = weights["model.embed_tokens.weight"]
-        head = weights.setdefault("lm_head.weight", embedding)
-        # If the file has a different lm_head, use it even if config.json says that it is tied.
-        config.tie_word_embeddings = torch.equal(head, embedding)
-    try:
         model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:  # it lists the weights that do not fit
-        raise CheckpointError(f"{folder}: the weights do not fit config.json ({one_line(error)}): "
-                              "download it again") from None
-    model.tie()
-    for name in COPIED_FILES:
-        if (folder / name).is_file():
-            model.files[name] = (folder / name).read_bytes()
-    model.eos_ids = read_eos_ids(folder, raw)
+        model.tie()
+        eos = {**raw, **read_generation_config(folder)}.get("eos_token_id")  # an id, a list or None
+        ids = eos if isinstance(eos, list) else [eos]
+        model.eos_ids = tuple(i for i in ids if i is not None)
+        if not all(i in range(config.vocab_size) for i in model.eos_ids):
+            raise CheckpointError(f"eos_token_id is {eos}, outside the vocabulary")
+    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise CheckpointError(
+            f"{folder} cannot be loaded ({reason}); it must be a complete Llama, Mistral, Qwen2 or "
+            "Qwen3 checkpoint, for example from 'hf download NAME --local-dir FOLDER'") from None
     return model
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object. Raises CheckpointError if the file is missing or malformed."""
-    try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is missing or not a JSON object ({one_line(error)}): give the folder of a "
-            "checkpoint, for example from 'hf download NAME --local-dir FOLDER'") from None
-    return content
+def read_weights(folder: Path, device, dtype) -> dict[str, Tensor]:
+    paths = [folder / "model.safetensors"]
+    if not paths[0].is_file():
+        paths = sorted(folder.glob("model-*.safetensors")) or paths  # the parts of a large model
+    weights = {}
+    for path in paths:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for name in file.keys():
+                # Old files contain RoPE's frequencies, which are computed here instead.
+                if not name.endswith("rotary_emb.inv_freq"):
+                    weights[name] = file.get_tensor(name).to(dtype)
+    return weights
 
 
-def one_line(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error)  # an OSError without its number and path
-    return " ".join(text.split())[:400]
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint: a single file, or the shards in its index."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        return [folder / "model.safetensors"]
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict):
-        raise CheckpointError(f"{index} has no weight_map: download it again")
-    # Use the file name alone, so that an index cannot point outside the folder.
-    return sorted({folder / Path(str(name)).name for name in names.values()})
-
-
-def read_eos_ids(folder: Path, raw: dict) -> tuple[int, ...]:
-    """Return the end tokens in generation_config.json or, if it has none, in config.json."""
+def read_generation_config(folder: Path) -> dict:
     path = folder / "generation_config.json"
-    eos = read_json(path).get("eos_token_id") if path.is_file() else None
-    if eos is None:
-        eos = raw.get("eos_token_id")
-    if eos is None:
-        return ()
-    ids = eos if isinstance(eos, list) else [eos]
-    if not all(type(i) is int for i in ids):
-        raise CheckpointError(f"{folder}: eos_token_id is {eos!r}, but it must be a token id or "
-                              "a list of token ids: correct it")
-    return tuple(ids)
+    return json.loads(path.read_bytes()) if path.is_file() else {}
 
 
-def save_pretrained(model: Decoder, folder):
+def save_pretrained(model: Decoder, folder, source=None):
     """Write a folder that `load_pretrained` and `transformers` can open.
 
-    Each file is written atomically. Raises OSError if one cannot be written.
+    The tokenizer's files and generation_config.json are copied from the folder `source`, if given.
+    Raises OSError or SafetensorError if a file cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # A tied weight occurs only once in named_parameters.
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    atomic_write(folder / "model.safetensors",
-                 lambda path: save_file(weights, path, metadata={"format": "pt"}))
-    config = model.config.to_dict()
+    config = dict(model.config.raw or asdict(model.config))
+    config.pop("raw", None)
     config.pop("torch_dtype", None)  # the old name of dtype
+    config["tie_word_embeddings"] = model.config.tie_word_embeddings
     config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    files = dict(model.files)
+    generation = {}
+    if source is not None:
+        generation = read_generation_config(Path(source))
+        for name in TOKENIZER_FILES:
+            if Path(source, name).is_file():
+                shutil.copyfile(Path(source, name), folder / name)
     if model.eos_ids:
         # Other programs must stop at the same tokens; they read either of the two files.
-        generation = json.loads(files.get("generation_config.json", b"{}"))
-        generation["eos_token_id"] = config["eos_token_id"] = list(model.eos_ids)
-        files["generation_config.json"] = json.dumps(generation, indent=2).encode()
-    files["config.json"] = json.dumps(config, indent=2).encode()
-    for name, content in files.items():
-        atomic_write(folder / name, lambda path: path.write_bytes(content))
+        config["eos_token_id"] = generation["eos_token_id"] = list(model.eos_ids)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
 
-
-def atomic_write(path: Path, write):
-    """Call write(temporary path), then rename the result to `path`.
-
-    If anything fails, an older file at `path` is left as it was and the temporary file is removed.
-    Raises OSError if the file cannot be written.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors creates files that only their owner can read
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError from torch.save
-        raise OSError(f"{path} cannot be written ({one_line(error)}): check the folder's "
-                      "permissions and the space on the disk") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    # A tied weight occurs only once in named_parameters.
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with contextlib.suppress(OSError):  # safetensors creates files that only their owner can read
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 # -----------------------------------------------------------------------------
@@ -561,18 +450,17 @@ class Sampler:
 
     All n samples are numbered from 0. The batch holds R = Q * S of them, S samples of each of Q
     prompts, and shrinks when samples finish. `rows` [Q, S] has their numbers. `lengths`, `u`,
-    `out`, `total` and `done` have n entries, one for each sample, and `token` has R entries.
+    `out`, `total` and `done` have n entries, one for each sample.
     """
 
     def __init__(self, model: Decoder, prompts, samples: int, new: int, temperature: float,
-                 top_p: float, eos_ids, seed, statistic):
+                 eos_ids, seed, statistic):
         weight = model.lm_head.weight
         n = len(prompts) * samples
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
         self.model = model
         self.head = weight.float()  # [V, D], converted once for all steps
         self.temperature = temperature
-        self.top_p = top_p
         self.statistic = statistic
         self.ends = torch.tensor(sorted(eos_ids), dtype=torch.long, device=weight.device)
         self.cache = Cache(model.config, lengths, max(map(len, prompts)), samples, new, weight)
@@ -580,10 +468,9 @@ class Sampler:
         self.lengths = lengths.repeat_interleave(samples)  # [n], of the prompts
         self.u = uniforms(prompts, samples, new, seed).to(weight.device)  # [n, new]
         self.out = torch.full((n, new), -1, device=weight.device)  # tokens; -1 after the end
-        self.total = torch.zeros(n, device=weight.device)  # [..., n], the sum of the statistic
+        self.total = torch.zeros(n, device=weight.device)  # [n], the sums of the statistic
         self.done = torch.zeros(n, dtype=torch.bool, device=weight.device)
         self.failed = torch.zeros(1, dtype=torch.bool, device=weight.device)  # logits not finite
-        self.token = torch.zeros(n, dtype=torch.long, device=weight.device)  # [R], the last tokens
         self.t = torch.zeros(1, dtype=torch.long, device=weight.device)  # number of tokens so far
         self.graph = None  # a decode step as a CUDA graph
         self.graph_shapes = None
@@ -604,9 +491,6 @@ class Sampler:
             hidden = hidden[torch.arange(len(piece), device=device), last]
             logits.append(F.linear(hidden.float(), self.head))
         logits = torch.cat(logits).repeat_interleave(self.rows.shape[1], dim=0)  # [n, V]
-        if self.statistic is not None:
-            one = self.statistic(logits[:1])  # [..., 1]; its value is not used
-            self.total = one.new_zeros(*one.shape[:-1], len(logits))
         self.choose(logits)
 
     def step(self):
@@ -615,9 +499,11 @@ class Sampler:
         The step reads no value from the device, and no shape depends on a value, so that a CUDA
         graph can capture it.
         """
+        rows = self.rows.flatten()
         slot = self.t - 1
-        position = self.lengths[self.rows.flatten()] + slot
-        hidden = self.model.hidden_states(self.token[:, None], position[:, None],
+        token = self.out[rows, slot].clamp(min=0)  # any token, if the sample has ended
+        position = self.lengths[rows] + slot
+        hidden = self.model.hidden_states(token[:, None], position[:, None],
                                           self.cache.mask(slot), partial(self.cache.decode, slot))
         self.choose(F.linear(hidden[:, 0].float(), self.head))
 
@@ -626,11 +512,11 @@ class Sampler:
         rows = self.rows.flatten()
         running = ~self.done[rows]
         self.failed |= ~logits.amax(-1).isfinite().all()
-        self.token.copy_(draw(logits, self.u[rows, self.t], self.temperature, self.top_p))
-        self.out[rows, self.t] = torch.where(running, self.token, -1)
+        token = draw(logits, self.u[rows, self.t], self.temperature)
+        self.out[rows, self.t] = torch.where(running, token, -1)
         if self.statistic is not None:
-            self.total[..., rows] += self.statistic(logits) * running
-        self.done[rows] |= (self.token[:, None] == self.ends).any(-1)
+            self.total[rows] += self.statistic(logits) * running
+        self.done[rows] |= (token[:, None] == self.ends).any(-1)
         self.t += 1
 
     def advance(self):
@@ -673,40 +559,36 @@ class Sampler:
         samples = order[queries, :S]  # [Q', S']
         self.cache.keep(queries, samples)
         self.rows = self.rows[queries[:, None], samples]
-        self.token = self.token.view(done.shape)[queries[:, None], samples].flatten()
 
 
 @torch.no_grad()
 def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: int = 1,
-             max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0, eos_ids=(), seed=0,
-             statistic=None):
+             max_new_tokens: int, temperature: float = 1.0, eos_ids=(), seed=0, statistic=None):
     """Sample continuations of prompts, which are lists of token ids.
 
     Returns a list of samples for each prompt. A sample is a list of new token ids, up to and
-    including the first of `eos_ids`. A temperature below 1e-6 takes the most probable token.
-    Tokens are drawn from the smallest set of the most probable ones whose probabilities sum to at
-    least top_p, ties included. A sample depends on `seed` (an int, or a tuple of ints and strings),
-    its prompt and its number among the samples of that prompt, not on the rest of the batch. If a
-    prompt occurs twice, its second set of samples is numbered after the first.
+    including the first of `eos_ids`. A temperature below 1e-6 takes the most probable token. A
+    sample depends on `seed` (an int, or a tuple of ints and strings), its prompt and its number
+    among the samples of that prompt, not on the rest of the batch. If a prompt occurs twice, its
+    second set of samples is numbered after the first.
 
-    With statistic(logits [R, V]) -> [..., R] the result is a pair: the samples, and the mean of the
-    statistic over the tokens of each sample, [..., prompts, samples]. The statistic reads float32
-    logits, before temperature and top_p.
+    With statistic(logits [R, V]) -> [R] the result is a pair: the samples, and the mean of the
+    statistic over the tokens of each sample, [prompts, samples]. The statistic reads float32
+    logits, before the temperature.
 
-    Raises ValueError for invalid arguments, including more tokens than the model's sliding window,
-    and FloatingPointError if logits are not finite.
+    Raises ValueError if a prompt is empty or does not fit in the model's context with its new
+    tokens, and FloatingPointError if logits are not finite.
     """
-    check_arguments(model.config, prompts, samples_per_prompt, max_new_tokens, temperature, top_p)
-    s = Sampler(model, prompts, samples_per_prompt, max_new_tokens, temperature, top_p, eos_ids,
-                seed, statistic)
+    lengths = [len(prompt) for prompt in prompts]
+    longest = model.config.context - max_new_tokens
+    if min(lengths) < 1 or max(lengths) > longest:
+        raise ValueError(f"prompts have {min(lengths)} to {max(lengths)} tokens, but with "
+                         f"{max_new_tokens} new ones the model supports 1 to {longest}")
+    s = Sampler(model, prompts, samples_per_prompt, max_new_tokens, temperature, eos_ids, seed,
+                statistic)
     s.prefill(prompts)
-    if s.out.is_cuda:
-        # A CUDA graph is captured for each shape, so change shapes rarely.
-        bucket = 256
-        largest = 0.25
-    else:
-        bucket = 1
-        largest = 0.5
+    # On a GPU, change shapes rarely, since a CUDA graph is captured for each of them.
+    bucket, largest = (256, 0.25) if s.out.is_cuda else (1, 0.5)
     for n in range(1, max_new_tokens):  # n tokens of each sample have been drawn
         if n % 16 == 0:
             s.compact(largest)  # between captures, the loop waits for the device only here
@@ -723,25 +605,7 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
     groups = [tokens[i:i + samples_per_prompt] for i in range(0, len(tokens), samples_per_prompt)]
     if statistic is None:
         return groups
-    return groups, (s.total / counts).unflatten(-1, (-1, samples_per_prompt))
-
-
-def check_arguments(config: Config, prompts, samples: int, new: int, temperature, top_p):
-    if not prompts or samples < 1 or new < 1:
-        raise ValueError("there must be at least one prompt, and samples_per_prompt and "
-                         "max_new_tokens must be at least 1")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}: it must be finite and at least 0")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}: it must be greater than 0 and at most 1")
-    for i, prompt in enumerate(prompts):
-        if not prompt or min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise ValueError(f"prompt {i} is empty or has a token id outside the vocabulary of "
-                             f"{config.vocab_size} tokens: correct it")
-        if config.sliding_window and len(prompt) + new > config.sliding_window:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens, which with {new} new tokens do "
-                             f"not fit in the model's sliding window of {config.sliding_window}: "
-                             "shorten it or lower max_new_tokens")
+    return groups, (s.total / counts).view(-1, samples_per_prompt)
 
 
 @cache
@@ -767,7 +631,7 @@ def uniforms(prompts: list[list[int]], samples: int, new: int, seed) -> Tensor:
     return (bits & 0xFFFFFF) * 2.0**-24  # float32 has 24 significant bits
 
 
-def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
+def draw(logits: Tensor, u: Tensor, temperature: float) -> Tensor:
     """Draw a token [R] from each row of logits [R, V].
 
     The token is the first at which the cumulative probability exceeds the random number u [R].
@@ -775,33 +639,9 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
     if temperature < 1e-6:
         return logits.argmax(-1)
     if temperature != 1:
-        # Subtract the maximum, so that dividing by a small temperature does not overflow.
-        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    p = logits.softmax(-1)
-    if top_p < 1:
-        ordered = p.sort(-1, descending=True).values
-        in_nucleus = ordered.cumsum(-1) - ordered < max(top_p, 1e-9)
-        smallest = ordered.masked_fill(~in_nucleus, 1).amin(-1, keepdim=True)
-        p = p * (p >= smallest)
-    # First choose a block of up to 256 tokens by its probability, then a token within the block.
-    # A cumulative sum over the whole vocabulary would be slow on a CPU and less precise.
-    blocks = p.unflatten(-1, (-1, math.gcd(p.shape[-1], 256)))  # [R, V / size, size]
-    mass = blocks.sum(-1)  # [R, V / size]
-    block, rest = invert(mass, u * mass.sum(-1))
-    in_block = blocks[torch.arange(len(block), device=block.device), block]  # [R, size]
-    token, _ = invert(in_block, rest)
-    return block * blocks.shape[-1] + token
-
-
-def invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first index [R] at which the cumulative sum of mass [R, N] exceeds target [R].
-
-    Also return the target minus the sum before that index, but at least 0, [R].
-    """
-    total = mass.cumsum(-1)
-    index = (total <= target[:, None]).sum(-1)
-    # If rounding puts the target beyond the end, take the last entry that has any mass.
-    last = (total < total[:, -1:]).sum(-1)
-    index = torch.minimum(index, last)
-    before = (total - mass).gather(1, index[:, None])[:, 0]
-    return index, (target - before).clamp(min=0)
+        logits = logits / temperature
+    total = logits.softmax(-1).cumsum_(-1)  # [R, V]; in place, which saves memory and time
+    # As u is at most 1 - 2**-24, the target stays below the last sum, even if that is not 1.
+    target = u[:, None] * total[:, -1:]
+    token = torch.searchsorted(total, target, right=True)[:, 0]
+    return token.clamp(max=logits.shape[-1] - 1)  # if logits are NaN, the search gives V

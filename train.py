@@ -810,7 +810,7 @@ def main(argv=None) -> bool:
         results["base"] = run["base"]
         finished = train(trainer, run)
         if rank == 0:
-            write_folder(out / "model", partial(save_pretrained, model))
+            write_folder(out / "model", lambda folder: save_pretrained(model, folder, args.model))
             say(f"the model is in {out / 'model'}, the log in {out / 'metrics.jsonl'}")
         if not finished:
             say(f"stopped after step {trainer.steps_done}: add --resume to the command to continue")
