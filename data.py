@@ -8,10 +8,10 @@ This file is self-contained; copy it freely. Next to read: model.py.
 
 SPDX-License-Identifier: MIT
 """
-import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from datetime import datetime
 from fractions import Fraction
 from functools import partial
@@ -32,200 +32,170 @@ class DataError(ValueError):
 # answers
 
 def find_answer(text: str, marker: str = MARKER) -> tuple[int, int, int] | None:
-    """Return (marker start, answer start, answer end) in characters, or None without an answer.
+    r"""Return (marker start, answer start, answer end) in characters, or None without an answer.
 
-    The answer is the rest of the last marker's line. The marker is found in upper and lower case,
-    between stars or underscores, and with a fullwidth colon: "**ANSWER**: 18", "Answer：18".
+    The answer is the rest of the line after the last marker. The marker is found in upper and lower
+    case, in bold and with a fullwidth colon: "**ANSWER**: 18", "Answer：18". Without a marker, or
+    with nothing behind it, the answer is the content of the last \boxed{...} that is closed, and
+    the marker is "\boxed{". Thoughts, which end with "</think>", have no answer.
     """
-    words = re.escape(marker.strip().rstrip(" :："))
-    # The tokenizer may have composed or decomposed the letters.
-    words = unicodedata.normalize("NFC", words) + "|" + unicodedata.normalize("NFD", words)
-    pattern = f"[*_]{{0,3}}(?:{words})[*_]{{0,3}}"
-    if marker.strip().endswith((":", "：")):
-        pattern += r"[^\S\n]*[:：][*_]{0,3}"
-    found = list(re.finditer(pattern, text, re.IGNORECASE))
-    if not found:
+    start = text.rfind("</think>") + 1
+    if "<think>" in text[start:]:
         return None
-    line = text[found[-1].end():].split("\n", 1)[0]
-    answer = line.strip()
-    bold = re.fullmatch(r"\*\*([^*]+)\*\*", answer)
+    pattern = r"\*{0,3}" + re.escape(marker.strip().rstrip(" :：")) + r"\*{0,3}"
+    if marker.strip().endswith((":", "：")):
+        pattern += r"[^\S\n]*[:：]\*{0,3}"
+    marker_start = start
+    answer = ""
+    for found in re.compile(pattern, re.IGNORECASE).finditer(text, start):
+        marker_start, start = found.span()
+        answer = text[start:].partition("\n")[0].strip()
+    bold = re.fullmatch(r"(?:\*\*)?([^*]*)\*\*", answer)
     if bold:
         answer = bold[1].strip()
-    elif answer.endswith("**") and answer.count("**") == 1:  # as in "**Answer: 18**"
-        answer = answer.removesuffix("**").strip()
+    if not answer:
+        marker_start, start, answer = find_box(text, start)
     if not answer:
         return None
-    start = found[-1].end() + line.index(answer)
-    return found[-1].start(), start, start + len(answer)
+    start = text.index(answer, start)
+    return marker_start, start, start + len(answer)
+
+
+def find_box(text: str, start: int) -> tuple[int, int, str]:
+    r"""Return (start, content start, content) of the last closed \boxed{...} after `start`."""
+    box = (start, start, "")
+    opened = []
+    for brace in re.compile(r"\\boxed\{|\\.|[{}]").finditer(text, start):  # \\. skips \{ and \}
+        if brace[0] in ("{", r"\boxed{"):
+            opened.append(brace)
+        elif brace[0] == "}" and opened:
+            first = opened.pop()
+            if first[0] != "{":
+                box = (first.start(), first.end(), text[first.end():brace.start()].strip())
+    return box
 
 
 def extract_answer(text: str, marker: str = MARKER) -> str | None:
     """Return the answer that `find_answer` finds in the text, or None."""
     found = find_answer(text, marker)
-    if found is None:
-        return None
-    return text[found[1]:found[2]]
+    return text[found[1]:found[2]] if found else None
 
 
 # (pattern, replacement) pairs that change only the form of an answer.
 FORMS = [
+    ("[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]", ""),  # invisible
     ("[\u2010-\u2015\u2212]", "-"),  # dashes
     ("[\u2018\u2019]", "'"),  # curly quotes
     ("[\u201c\u201d]", '"'),
-    (r"(?<![\w*])\*\*([^*]+)\*\*(?![\w*])", r"\1"),  # Markdown's **bold** and `code`
-    (r"`([^`]+)`", r"\1"),
+    (r"(?<![.\s]) ?[.。]$", ""),  # a final full stop
+    (r"""^(["'])((?:(?!\1).)+)\1$""", r"\2"),  # quotes around the whole answer
+    (r"(?<![\w*`])(\*\*|`)([^*`]+)\1(?![\w*`])", r"\2"),  # Markdown's **bold** and `code`
     (r"(?<![\w$\\])(\$\$?)([^$]+)\1(?![\w$])", r"\2"),  # LaTeX: $...$, \(...\), \[...\]
-    (r"\\\((.*?)\\\)|\\\[(.*?)\\\]", r"\1\2"),
+    (r"(?<!\\)\\[()\[\]]", ""),
     (r"\\(?:boxed|text|textbf|textit|mathrm)\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
     (r"\\(?:left|right)(?= ?[()\[\]{}|.\\])", ""),
-    (r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3}(?!\d|\)))", ","),  # LaTeX's thousands separators and spaces
-    (r"\\[,;:]", " "),
+    (r"\{,\}|,\\!", ","),  # thousands
+    (r"\\[,;:]", " "),  # spaces
     (r"\\([$%])", r"\1"),
-    (r"(^|= )(-?)\\[dt]?frac(?:\{(\d+)\}\{(\d+)\}|(\d)(\d))$", r"\1\2\3\5/\4\6"),
-    (r"\^\{?\\circ\}?", "°"),
+    (r"^(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3"),
     (r"(?<=\d) ?%", " percent"),
     # Spaces inside brackets, but not in (1, 234), since (1,234) may be one number.
-    (r"(?<=[(\[{]) | (?=[)\]}])|(?<=,) (?!\d{3}(?!\d))(?=[^()\[\]{}]*[)\]}])", ""),
-    (r"""^(["'])((?:(?!\1).)+)\1$""", r"\2"),  # quotes around the whole answer
-    (r"(?<![.\s]) ?[.。]$", ""),  # a final full stop
+    (r"(?<=[(\[{]) | (?=[)\]}])", ""),
+    (r"[(\[{][^()\[\]{}]+[)\]}]", lambda group: re.sub(r", (?!\d{3}(?!\d))", ",", group[0])),
 ]
 FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
-
-# Either a letter that is marked as in "(B)", "B)", "B." or "B: ", perhaps followed by the option's
-# text, which begins with a word or a number; or a capital letter, perhaps with text in brackets.
-TEXT = r"(?:[Aa] )?[^\W\d_]{2}.*|-?[$€£¥₹]?\d.*"
-CHOICE = re.compile(rf"(?:[Oo]ption )?(?:\(([A-Ja-j])\)|([A-Ja-j])(?:[.)]|:(?= )))(?: ({TEXT}))?"
-                    r"|(?:[Oo]ption )?([A-J])(?: \(([^\W\d_]{2}.*)\))?")
-# Text that denies the choice or names another one is not the text of an option.
-NOT_OPTION = re.compile(r".*\b(?:and|or|nor|not?|never|neither|but|is|isn|are|was|be|it|does|doesn"
-                        r"|do|don|cannot|can|too|wrong|false|incorrect|excluded|ruled|eliminated"
-                        r"|plus|minus|times)\b|.*(?:\b[b-z]\b|\ba\b(?! \w)|\b\w\))", re.IGNORECASE)
-
-# Groups are sign, currency sign, number without leading zeros or simple fraction, and unit.
-NUMBER = re.compile(r"([-+]?) ?([$€£¥₹]?) ?((?=\.?\d)(?!0[\d,])(?:\d{1,3}(?:,\d{3})+|\d*)"
-                    r"(?:\.\d+)?(?:[eE][-+]?\d{1,3})?)( ?[$€£¥₹°]| [^\W\d_]+(?:/[^\W\d_]+)?|)")
-FRACTION = re.compile(r"([-+]?) ?()((?!0)\d+ ?/ ?(?!0)\d+)()")
-LEFT_SIDE = re.compile(r"[A-Za-z](?:_?[0-9])?|(?=.*[0-9)] ?[-+*/×÷^])[0-9.()+*/×÷^ -]+")
-# Units that may be missing in one of two answers: common signs, abbreviations and plurals, except
-# for plurals that multiply the number.
-UNIT = re.compile(r"[$€£¥₹°]|percent|[cmk]m|[mk]g|ml|km/h|mph|people|feet|hour|minute|day|week|year"
-                  r"|[a-z]{2,}[a-rtv-z]s")
-MULTIPLE = re.compile(r"times|pairs|couples|halves|quarters|logs|scores|(?!months)[a-z]*(?:ths|tens"
-                      r"|thirds|hundreds|thousands|illions|illiards|zeroe?s|dozens|crores|lakhs)")
+WORD = r"(?<!\\)\b(?!\w*[a-z][A-Z])(?:[^\W\d_]{3,}|No)\b"  # such as Paris and PARIS, but not mRNA
+# A letter; the text behind it begins with a word, and may not deny it or name another letter.
+CHOICE = r"(?:option )?(?:\(?([A-Ja-j])\)(?: ([^\W\d_]{2}.*))?|([A-J]))"
+DENIAL = (r"(?i)\b(?:and|or|nor|not?|never|neither|but|is|isn|are|was|be|it|does|doesn|do|don|can"
+          r"|cannot|too|wrong|false|incorrect|excluded|ruled|eliminated|plus|minus|times)\b"
+          r"|(?<!')\b[b-z]\b|\ba\b(?! \w)|\b\w\)")
+# Sign, currency sign, number without leading zeros, and unit or other words.
+FRACTION = r"[1-9]\d* ?/ ?[1-9]\d*$"
+DECIMAL = r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d*|0|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
+NUMBER = rf"([-+]?) ?([$€£¥₹]?) ?({FRACTION}|{DECIMAL})( ?[$€£¥₹°]| .*|)"
 
 
-def normalize(text: str) -> str:
-    """Return the form in which answers are compared."""
-    text = unicodedata.normalize("NFC", text).translate(FULLWIDTH)
-    before = None
-    while text != before:
-        before = text
-        text = " ".join(text.split())
-        for pattern, replacement in FORMS:
-            text = re.sub(pattern, replacement, text)
-    # Case matters after a digit, where a unit may follow, and in x, mW, CO and \Delta.
-    words, units = re.fullmatch(r"(\D*)(.*)", text).groups()
-    return re.sub(r"(?<!\\)\b(?:[^\W\d_]{3,}|No)\b", fold_case, words) + units
+def canonical(answer: str) -> str:
+    r"""Return the form in which answers are compared: equal forms are the same answer.
 
+    1. Case, width, spaces, invisible characters, kinds of dashes and quotes, a final full stop,
+       quotes around the answer, Markdown's bold and code, and LaTeX that only formats do not count.
+    2. Case counts after a digit, in words of one or two letters and in mixed ones: "5 Mg", x, CO,
+       mRNA.
+    3. A choice from A to J is its letter: "(b)", "B.", "Option B" and "B) Paris" are B, unless the
+       text denies the choice or names another one.
+    4. A number is its value: "$1,000.00" is 1e3; "3/4" and \frac{3}{4} are 0.75.
+    5. All other text is a part of the answer, also a unit: "5 cm" is neither 5 nor "5 m".
 
-def fold_case(word: re.Match) -> str:
-    """Convert words such as Paris and PARIS to lower case, but not words such as mRNA."""
-    if word[0][1:].islower() or word[0].isupper():
-        return word[0].lower()
-    return word[0]
-
-
-def read_choice(text: str) -> tuple[str, list[str]] | None:
-    """Return (letter, [text of the option]) if a normalized answer is one choice, or None."""
-    match = CHOICE.fullmatch(text)
-    if match is None:
-        return None
-    option = match[3] or match[5] or ""
-    if NOT_OPTION.match(option):
-        return None
-    letter = match[1] or match[2] or match[4]
-    return letter.upper(), [option]
-
-
-def read_number(text: str) -> tuple[tuple[Fraction, str], list[str]] | None:
-    """Return ((value, unit), [left side, optional unit]) of a normalized number, or None."""
-    *left, right = [side.strip() for side in text.split("=")]
-    match = FRACTION.fullmatch(right) or NUMBER.fullmatch(right)
-    if match is None or not all(LEFT_SIDE.fullmatch(side) for side in left):
-        return None
-    sign, currency, number, unit = match.groups()
-    if (currency and unit) or len(number) > 100:
-        return None
-    value = Fraction(re.sub("[, ]", "", number))
-    if sign == "-":
-        value = -value
-    unit = currency or unit.strip()
-    if unit == "$":
-        unit = "dollars"
-    if UNIT.fullmatch(unit) and not MULTIPLE.fullmatch(unit):
-        return (value, ""), ["=".join(left), unit]
-    return (value, unit), ["=".join(left), ""]
-
-
-def answers_match(a: str, b: str) -> bool:
-    """Return whether two answers are the same by one of three rules.
-
-    1. As text, regardless of case, width, spaces, kinds of dashes and quotes, a final full stop,
-       quotes around the answer, Markdown's bold and code, and LaTeX that only formats. Case does
-       matter in words of one or two letters, in mixed words and after a digit: x, CO, "5 Mg".
-    2. As one choice from A to J: "B", "(b)", "B.", "Option B" and "B) Paris" are the same, unless
-       the choice is denied, another one is named or the texts of the two options differ.
-    3. As one number: "$1,000.00" and 1e3, "3/4" and 0.75. The number may be the last side of an
-       equation and have one unit. The left sides must be equal if both answers have one. The units
-       must be equal, but %, a currency sign, a common abbreviation or a plural may be missing.
-
-    All other answers are different, and so are doubtful cases, because a wrong match rewards an
-    error, while a missed match only loses a vote.
+    In doubt, answers differ: a wrong match rewards an error, while a missed match loses a vote.
     """
-    a = normalize(a)
-    b = normalize(b)
-    if a == b:
-        return a != ""
-    for read in (read_choice, read_number):
-        first = read(a)
-        second = read(b)
-        if first and second and first[0] == second[0]:
-            return all(x == y or "" in (x, y) for x, y in zip(first[1], second[1]))
-    return False
+    text = unicodedata.normalize("NFC", answer).translate(FULLWIDTH)
+    for _ in range(3):  # Forms may be nested, as in $\boxed{\text{B}}$.
+        for pattern, replacement in FORMS:
+            text = " ".join(re.sub(pattern, replacement, text).split())
+    words, rest = re.fullmatch(r"(\D*)(.*)", text).groups()
+    text = re.sub(WORD, lambda word: word[0].lower(), words) + rest
+
+    choice = re.fullmatch(CHOICE, text)
+    if choice and not re.search(DENIAL, choice[2] or ""):
+        return (choice[1] or choice[3]).upper()
+    number = re.fullmatch(NUMBER, text)
+    if number and len(text) < 200:
+        sign, currency, value, unit = number.groups()
+        value = Fraction(re.sub("[, ]", "", value))
+        if sign == "-":
+            value = -value
+        words = [word for word in f"{currency} {unit}".split() if word != "$"]
+        # 3/2 is written as 3÷2, because it may be no number in the text "3/2 mmHg".
+        return " ".join([str(value).replace("/", "÷"), *words])
+    return text
+
+
+# A common unit, or a plural that does not multiply the number, and what may follow it.
+UNIT = (r" (?:[€£¥₹°]|[cmk]m|[mk]g|ml|km/h|mph|people|feet|hour|minute|day|week|year|(?!times|pairs"
+        r"|couples|halves|quarters|logs|scores|tens|percents|(?!months)[a-z]*(?:ths|thirds|hundreds"
+        r"|thousands|illions|illiards|zeroe?s|dozens|crores|lakhs))[a-z]{2,}[a-rtv-z]s)"
+        r"(?: (?:old|long|tall|left|in total|altogether|(?:of|per|an?|each|every) [a-z]{3,}))?")
+
+
+def answers_match(answer: str, gold: str) -> bool:
+    """Return whether an answer and the gold answer have the same canonical form.
+
+    There is one addition: if the gold answer is a bare number or a bare letter, the answer may have
+    a unit or the text of an option behind it. So "72 clips" and "8 years old" match 72 and 8, and
+    "B. Paris" matches B, but "5 hundred", "5 percent" and "5 or 6" do not match 5.
+    """
+    form = canonical(answer)
+    expected = canonical(gold)
+    if form == expected:
+        return form != ""
+    if re.fullmatch(r"[-+]?[\d.,/]+", gold.strip()):
+        return bool(re.fullmatch(re.escape(expected) + UNIT, form))
+    option = re.fullmatch(r"(?:option )?\(?([A-J])(?:[.:)] | \()(-?[$€£¥₹]?\d.*|\w\w.*|a .*)", form)
+    return bool(option) and option[1] == gold.strip() and not re.search(DENIAL, option[2])
 
 
 def number_answers(answers: list[str | None], group_size: int) -> list[int]:
-    """Give the same number to the matching answers of a group, and -1 to a missing answer.
-
-    A group is `group_size` consecutive answers. "5" matches "5 apples" and "5 pears", which do not
-    match each other, and gets the number of the one that comes first.
-    """
+    """Give equal answers within a group of `group_size` the same number, and -1 to no answer."""
     numbers = []
     for start in range(0, len(answers), group_size):
-        different = []  # the answers of this group, each once
+        known = {"": -1}
         for answer in answers[start:start + group_size]:
-            if not answer:
-                numbers.append(-1)
-                continue
-            matches = [i for i, other in enumerate(different) if answers_match(other, answer)]
-            if not matches:
-                matches = [len(different)]
-                different.append(answer)
-            numbers.append(matches[0])
+            form = canonical(answer or "")
+            numbers.append(known.setdefault(form, len(known) - 1))
     return numbers
 
 
 def majority(answers: list[str | None]) -> tuple[str | None, float]:
-    """Return the most common answer (the first of several) and its share of all answers.
-
-    If there is no answer, return (None, 0.0).
-    """
-    if not any(answers):
+    """Return the most common answer (the first of several) and its share of all answers, or
+    (None, 0.0) without an answer."""
+    forms = [canonical(answer or "") for answer in answers]
+    votes = Counter(form for form in forms if form)
+    if not votes:
         return None, 0.0
-    numbers = number_answers(answers, len(answers))
-    votes = [number for number in numbers if number >= 0]
-    best = max(votes, key=votes.count)
-    return answers[numbers.index(best)], votes.count(best) / len(answers)
+    form, count = votes.most_common(1)[0]
+    return answers[forms.index(form)], count / len(answers)
 
 
 # -----------------------------------------------------------------------------
@@ -245,36 +215,31 @@ def load_tokenizer(path: Path) -> tuple[Tokenizer, list[int]]:
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True
         tokenizer.add_tokens([AddedToken(START, normalized=False)])
-        ids = tokenizer.encode(START).ids
+        ids = tokenizer.encode(START + INSTRUCTION).ids
         bos = ids[:ids.index(tokenizer.token_to_id(START))]
-        if not tokenizer.encode(INSTRUCTION + " é漢", add_special_tokens=False).ids:
-            raise ValueError("it cannot encode text")
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        # The library raises plain Exceptions, and a Rust panic is only a BaseException.
+    except Exception as error:  # The library raises plain Exceptions.
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path} cannot be used ({reason}): use the model's own file") from None
     return tokenizer, bos
 
 
-def render_chat(folder: Path) -> tuple[str, str] | None:
+def render_chat(folder: Path, date: datetime) -> tuple[str, str] | None:
     """Render the folder's chat template with QUESTION and ANSWER: (prompt, conversation).
 
     The prompt ends where the assistant's turn begins. Returns None if the folder has no template.
     Raises DataError if the template cannot be rendered.
     """
-    path = folder / "tokenizer_config.json"
-    config = {}
+    texts = []
     try:
-        if path.is_file():
-            config = json.loads(path.read_text(encoding="utf-8"))
-        source = config.get("chat_template")
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+            path = folder / name
+            texts.append(path.read_text(encoding="utf-8") if path.is_file() else "")
+        config = json.loads(texts[0] or "{}")
+        if "added_tokens_decoder" not in config:  # This is the condition of `transformers`.
+            config.update(json.loads(texts[1] or "{}"))
+        source = texts[2] or config.get("chat_template")
         if isinstance(source, list):
             source = {named["name"]: named["template"] for named in source}["default"]
-        if (folder / "chat_template.jinja").is_file():
-            path = folder / "chat_template.jinja"
-            source = path.read_text(encoding="utf-8")
         if not source:
             return None
         variables = {"tools": None, "documents": None}
@@ -284,7 +249,7 @@ def render_chat(folder: Path) -> tuple[str, str] | None:
                 token = token.get("content")
             if name.endswith("_token") and isinstance(token, str):
                 variables[name] = token
-        template = compile_template(source)
+        template = compile_template(source, date)
         messages = [{"role": "user", "content": QUESTION}]
         prompt = template.render(messages=messages, add_generation_prompt=True, **variables)
         messages.append({"role": "assistant", "content": ANSWER})
@@ -293,12 +258,12 @@ def render_chat(folder: Path) -> tuple[str, str] | None:
             raise ValueError("it leaves out the user's message")
     except Exception as error:  # A template may raise anything.
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} has an unusable chat template ({reason}): correct it, or remove "
-                        "it to use plain text") from None
+        raise DataError(f"the chat template in {folder} cannot be used ({reason}): correct "
+                        f"chat_template.jinja or tokenizer_config.json") from None
     return prompt, conversation
 
 
-def compile_template(source: str):
+def compile_template(source: str, date: datetime):
     """Compile a jinja2 template with the settings and functions that `transformers` gives it."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -310,41 +275,51 @@ def compile_template(source: str):
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = datetime.now().strftime
+    environment.globals["strftime_now"] = date.strftime
+    # {% generation %} marks the assistant's text and prints nothing.
+    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+    source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
     return environment.from_string(source)
 
 
 class Text:
     """Converts between text and token ids with a checkpoint's tokenizer and chat template.
 
-    Without a chat template, a prompt is plain text. `end` is the id that ends a response in
-    training: the special token that the template puts after an answer, or otherwise the first of
-    `eos_ids`, the model's own end tokens. `end_ids` has all ids that end a response. Raises
-    DataError if tokenizer.json or the template cannot be used, or if there is no end token.
+    Without a chat template, `chat` is None and a prompt is plain text. `end` is the id that ends a
+    response in training: the special token that the template puts after an answer, or otherwise the
+    first of `eos_ids`, the model's own end tokens. `end_ids` has all ids that end a response.
+    `date` is the datetime that templates print, by default the present. Raises DataError if
+    tokenizer.json or the template cannot be used, or if there is no end token.
     """
 
-    def __init__(self, folder, eos_ids=(), marker: str = MARKER, max_reasoning_steps: int = 16):
+    def __init__(self, folder, eos_ids=(), marker: str = MARKER, date: datetime | None = None):
         self.marker = marker
-        self.max_reasoning_steps = max_reasoning_steps
         self.tokenizer, self.bos = load_tokenizer(Path(folder) / "tokenizer.json")
         vocab = self.tokenizer.get_vocab()
         del vocab[START]
         self.vocab_size = max(vocab.values()) + 1
-        self.unknown = vocab.get(getattr(self.tokenizer.model, "unk_token", None))
         added = self.tokenizer.get_added_tokens_decoder()
         self.special = {i for i, token in added.items() if token.special}
 
         self.chat = None
         self.before_response = "\n"
+        self.before_reasoning = ""
+        self.before_answer = ""
         end_ids = list(eos_ids)
-        rendered = render_chat(Path(folder))
+        rendered = render_chat(Path(folder), date or datetime.now())
         if rendered is not None:
             self.chat, conversation = rendered
             if not self.chat.endswith("\n"):
                 self.before_response = ""
-            after_answer = self.encode_chat(conversation.partition(ANSWER)[2].lstrip())
-            if after_answer and after_answer[0][0] in self.special:
-                end_ids.insert(0, after_answer[0][0])
+            before, _, after = conversation.partition(ANSWER)
+            ends = [i for i in self.special if after.lstrip().startswith(added[i].content)]
+            end_ids = ends + end_ids
+            # The prompt may open a block of thoughts, or the template put one before an answer.
+            if self.chat.rstrip().endswith("<think>"):
+                self.before_answer = "</think>\n\n"
+            elif before.removeprefix(self.chat).lstrip().startswith("<think>"):
+                self.before_reasoning = "<think>\n"
+                self.before_answer = "</think>\n\n"
         if not end_ids:
             raise DataError(f"{folder} has no end token: set eos_token_id in its config.json")
         self.end = end_ids[0]
@@ -362,14 +337,7 @@ class Text:
             return self.encode(text, after="")
         return ids[len(before):]
 
-    def encode_chat(self, text: str) -> list[tuple[int, int, int]]:
-        """Return (id, start, end) of each token of a text, and recognize special tokens in it."""
-        self.tokenizer.encode_special_tokens = False
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        self.tokenizer.encode_special_tokens = True
-        return [(i, start, end) for i, (start, end) in zip(encoding.ids, encoding.offsets)]
-
-    def prompt(self, question: str) -> list[int]:
+    def encode_prompt(self, question: str) -> list[int]:
         """Return the ids of a question and the instruction, up to the start of the response."""
         asked = f"{question.strip()}\n{INSTRUCTION.format(marker=self.marker)}"
         if self.chat is None:
@@ -378,19 +346,28 @@ class Text:
         text = asked.join(pieces)
         # This has "1" for each character of the text that the user has written.
         user = ("1" * len(asked)).join("0" * len(piece) for piece in pieces)
+        self.tokenizer.encode_special_tokens = False
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        self.tokenizer.encode_special_tokens = True
         ids = []
-        for i, start, end in self.encode_chat(text):
+        for i, (start, end) in zip(encoding.ids, encoding.offsets):
             if i in self.special and "1" in user[start:end]:
                 ids += self.encode(text[start:end], after="")
             else:
                 ids.append(i)
         return ids
 
-    def response(self, reasoning: str, answer: str) -> list[int]:
-        """Return the ids of a supervised response with its end token, but without blank lines."""
-        lines = [line.rstrip() for line in reasoning.splitlines() if line.strip()]
-        lines.append(f"{self.marker} {answer}")
-        return self.encode("\n".join(lines), after=self.before_response) + [self.end]
+    def encode_response(self, reasoning: str, answer: str) -> list[int]:
+        """Return the ids of a supervised response with its end token, but without blank lines.
+
+        If the chat template has a block of thoughts, the reasoning is in it.
+        """
+        text = self.before_reasoning
+        for line in reasoning.splitlines():
+            if line.strip():
+                text += line.rstrip() + "\n"
+        text += f"{self.before_answer}{self.marker} {answer}"
+        return self.encode(text, after=self.before_response) + [self.end]
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids without the end tokens, which some tokenizers would show."""
@@ -418,39 +395,36 @@ class Text:
                 waiting = 0
         return text, offsets + [len(text)] * waiting
 
-    def answer(self, response: list[int]) -> str | None:
-        """Return the answer of a response, or None if it was cut off or has no answer."""
-        text, _ = self.read(response)
-        return extract_answer(text, self.marker)
-
-    def parse(self, prompt: list[int], response: list[int]) -> tuple[list, list, int, int]:
-        """Return (tokens, cuts, answer_start, answer_end), the fields of `prg.Trace`.
+    def parse(self, prompt: list[int], response: list[int]) -> tuple[tuple, str | None]:
+        """Return ((tokens, cuts, answer_start, answer_end), answer): a `prg.Trace` and its answer.
 
         tokens is prompt + response. Step k is tokens[cuts[k - 1]:cuts[k]], the marker is
         tokens[cuts[-1]:answer_start] and the answer is tokens[answer_start:answer_end]. Steps are
-        the nonblank lines before the last marker, merged evenly if max_reasoning_steps is exceeded.
-        Without an answer there are no steps, and answer_start = answer_end = len(tokens).
+        the lines before the marker with a letter or a digit. What else stands before the marker,
+        such as "</think>" or "$", belongs to it. A response that was cut off or has no answer has
+        no steps, answer_start = answer_end = len(tokens), and the answer None.
         """
         tokens = prompt + response
         text, offsets = self.read(response)
         found = find_answer(text, self.marker)
-        if found is None:
-            return tokens, [len(prompt)], len(tokens), len(tokens)
+        if found is None or (self.before_answer and "</think>" not in text):
+            return (tokens, [len(prompt)], len(tokens), len(tokens)), None
         marker_start, answer_start, answer_end = found
 
         # A line begins at its first character that is not whitespace.
-        lines = [match.start() for match in re.finditer(r"\S.*", text[:marker_start])]
-        steps = min(len(lines), self.max_reasoning_steps)
+        lines = re.finditer(r"\S.*", text[:marker_start])
+        steps = [line for line in lines if not re.fullmatch(r"[\W_]*|</?think>", line[0])]
         cuts = {0}
-        for k in range(1, steps):
-            cuts.add(token_at(offsets, lines[k * len(lines) // steps]))
-        if lines:
-            cuts.add(token_at(offsets, marker_start))
+        if steps:
+            marker = re.compile(r"\S").search(text, steps[-1].end())
+            for following in (*steps[1:], marker):
+                cuts.add(token_at(offsets, following.start()))
+        cuts = [len(prompt) + cut for cut in sorted(cuts)]
         start = token_at(offsets, answer_start)
         # All tokens of the answer's last character belong to the answer.
         end = token_at(offsets, offsets[token_at(offsets, answer_end - 1)])
-        cuts = [len(prompt) + cut for cut in sorted(cuts)]
-        return tokens, cuts, len(prompt) + start, len(prompt) + end
+        trace = tokens, cuts, len(prompt) + start, len(prompt) + end
+        return trace, text[answer_start:answer_end]
 
 
 def token_at(offsets: list[int], character: int) -> int:
@@ -467,54 +441,46 @@ def read_jsonl(path, limit: int = 0) -> list[tuple[str, dict]]:
     Numbers are returned as strings, exactly as they are written. Raises DataError if the file
     cannot be read or is empty, or if a line is not a JSON object.
     """
+    records = []
     try:
-        content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+        # Bytes that are not UTF-8 become surrogates, which `text_field` refuses.
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                record = json.loads(line, parse_int=str, parse_float=str)
+                if not isinstance(record, dict):
+                    raise ValueError("it has no named fields")
+                records.append((f"{path} line {number}", record))
+                if len(records) == limit:
+                    break
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): give a JSONL file") from None
-    records = []
-    # Bytes are split at \n, \r\n and \r only, but text also at U+2028, which JSON strings may have.
-    for number, line in enumerate(content.splitlines(), 1):
-        where = f"{path} line {number}"
-        if not line.strip():
-            continue
-        try:
-            numbers = dict(parse_int=str, parse_float=finite, parse_constant=finite)
-            record = json.loads(line.decode(), **numbers)
-            if not isinstance(record, dict):
-                raise ValueError("it has no named fields")
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)  # without JSONDecodeError's own line number
-            raise DataError(f"{where} is not a JSON object ({reason}): write one object on each "
-                            "line, in UTF-8") from None
-        records.append((where, record))
-        if len(records) == limit:
-            break
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", error)  # without JSONDecodeError's own line number
+        raise DataError(f"{path} line {number} is not a JSON object ({reason}): write one object "
+                        "on each line") from None
     if not records:
         raise DataError(f"{path} is empty: write one JSON object on each line")
     return records
 
 
-def checksum(path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def finite(number: str) -> str:
-    """Return the number as it is written. Raises ValueError for NaN and infinity."""
-    if not np.isfinite(float(number)):
-        raise ValueError(f"{number} is not a finite number")
-    return number
-
-
 def text_field(record: dict, name: str, where: str) -> str:
-    """Return a text field ("question" may replace "prompt"). Raises DataError if it is blank."""
+    """Return a text field ("question" may replace "prompt"). Raises DataError if it has no text."""
     if name == "prompt" and "prompt" not in record and "question" in record:
         name = "question"
     text = record.get(name)
-    # Half of a surrogate pair cannot be encoded.
-    if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
-        raise DataError(f"{where}: the field {name!r} is missing, blank or not text (the fields "
-                        f"are {', '.join(record) or 'none'}): fill it in")
-    return text.replace(START, "")
+    if text is None:
+        problem = f"is missing (the fields are {', '.join(record) or 'none'}): add it"
+    elif not isinstance(text, str):
+        problem = f"is a {type(text).__name__}: give one string"
+    elif not text.strip():
+        problem = "is blank: fill it in"
+    elif re.search("[\ud800-\udfff]", text):
+        problem = "has bytes that are not UTF-8: save the file as UTF-8"
+    else:
+        return text.replace(START, "")
+    raise DataError(f"{where}: {name!r} {problem}")
 
 
 def solution_of(record: dict, where: str) -> tuple[str, str]:
@@ -530,62 +496,70 @@ def solution_of(record: dict, where: str) -> tuple[str, str]:
         reasoning, _, answer = re.sub(r"<<[^<>]*>>", "", answer).rpartition("####")
     answer = answer.strip()
     if not answer or "\n" in answer:
-        raise DataError(f"{where} has an answer that is not one line of text: make it one line")
+        raise DataError(f"{where}: 'answer' is not one line of text: make it one line")
     return reasoning, answer
 
 
 def load_labeled(path, text: Text, max_prompt: int, max_response: int, limit: int = 0):
-    """Return ([(prompt ids, response ids)], number skipped) from a file of supervised traces."""
-    kept = []
-    records = read_jsonl(path, limit)
-    for where, record in records:
-        prompt = text.prompt(text_field(record, "prompt", where))
+    """Return ([(prompt ids, response ids)], note) from a file of supervised traces.
+
+    The note of this and the next functions is "", or says which records were skipped as too long.
+    """
+    pairs = []
+    for where, record in read_jsonl(path, limit):
+        prompt = text.encode_prompt(text_field(record, "prompt", where))
         reasoning, answer = solution_of(record, where)
         if not reasoning.strip():
             raise DataError(f"{where} has no 'reasoning' (the fields are {', '.join(record)}): add "
                             "it, or use GSM8K's '... #### 18'")
-        words = text.encode(f"{reasoning}\n{answer}", after="\n")
-        if 2 * words.count(text.unknown) > len(words):
-            raise DataError(f"{where}: the model's tokenizer does not know most of these words: "
-                            "use a model that was trained on such text")
-        response = text.response(reasoning, answer)
-        found = text.answer(response)
-        if found is None or not answers_match(found, answer):
+        response = text.encode_response(reasoning, answer)
+        _, found = text.parse(prompt, response)
+        if canonical(found or "") != canonical(answer):
             raise DataError(f"{where}: the answer {answer!r} would be read as {found or ''!r}: "
                             "rephrase it")
-        if len(prompt) <= max_prompt and len(response) <= max_response:
-            kept.append((prompt, response))
-    return kept, skipped(records, kept, path)
+        pairs.append((prompt, response))
+    return keep_short(path, pairs, max_prompt, max_response)
 
 
-def load_unlabeled(path, text: Text, max_prompt: int, limit: int = 0):
-    """Return ([prompt ids], number skipped) from a file, each prompt once. Answers are not read."""
+def load_unlabeled(path, text: Text, max_prompt: int):
+    """Return ([prompt ids], note) from a file of queries, each once. Answers are not read."""
     prompts = {}
-    for where, record in read_jsonl(path, limit):
-        prompts[tuple(text.prompt(text_field(record, "prompt", where)))] = None
-    kept = [list(prompt) for prompt in prompts if len(prompt) <= max_prompt]
-    return kept, skipped(prompts, kept, path)
+    for where, record in read_jsonl(path):
+        prompt = text.encode_prompt(text_field(record, "prompt", where))
+        prompts[tuple(prompt)] = (prompt,)
+    kept, note = keep_short(path, list(prompts.values()), max_prompt)
+    return [prompt for prompt, in kept], note
 
 
 def load_eval(path, text: Text, max_prompt: int, limit: int = 0):
-    """Return ([(prompt ids, question, gold answer)], number skipped) from a file of queries."""
-    kept = []
-    records = read_jsonl(path, limit)
-    for where, record in records:
+    """Return ([(prompt ids, question, gold answer)], note) from a file of queries, each once."""
+    queries = {}
+    for where, record in read_jsonl(path, limit):
         question = text_field(record, "prompt", where).strip()
-        _, answer = solution_of(record, where)
-        prompt = text.prompt(question)
-        if len(prompt) <= max_prompt:
-            kept.append((prompt, question, answer))
-    return kept, skipped(records, kept, path)
+        _, gold = solution_of(record, where)
+        prompt = text.encode_prompt(question)
+        queries.setdefault(tuple(prompt), (prompt, question, gold))
+    return keep_short(path, list(queries.values()), max_prompt)
 
 
-def skipped(records, kept: list, path) -> int:
-    """Return how many records were skipped as too long. Raises DataError if all were."""
+def keep_short(path, records: list[tuple], *limits: int) -> tuple[list[tuple], str]:
+    """Return the records whose prompts (and responses) are within the limits, and a note about the
+    others. Raises DataError if none is left."""
+    kept = []
+    for record in records:
+        if all(len(ids) <= limit for ids, limit in zip(record, limits)):
+            kept.append(record)
+    if len(kept) == len(records):
+        return kept, ""
+    note = f"{len(kept)} of {len(records)} records of {path} are left"
+    options = ["--max_prompt_tokens", "--max_new_tokens"]
+    for option, limit, column in zip(options, limits, zip(*records)):
+        longest = max(len(ids) for ids in column)
+        if longest > limit:
+            note += f"; some are longer than {option} {limit} (the longest has {longest} tokens)"
     if not kept:
-        raise DataError(f"every record of {path} is longer than --max_prompt_tokens or "
-                        "--max_new_tokens: raise them")
-    return len(records) - len(kept)
+        raise DataError(f"{note}: raise the limit")
+    return kept, note
 
 
 # -----------------------------------------------------------------------------

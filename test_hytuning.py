@@ -747,82 +747,124 @@ def test_a_decode_step_reads_no_value_from_the_device():
 # -----------------------------------------------------------------------------
 # data
 
-# Pairs that match as text, as a choice or as a number, and then pairs that do not match.
+# Pairs with one canonical form, pairs that never match, and answers with a gold answer that match
+# in this order only.
 SAME = r"""
-Yes. ≡ yes   \text{blue} ≡ blue   (0, 1) ≡ ( 0,1 )   caf{e1} ≡ caf{e2}   巴黎。 ≡ 巴黎   ５ ≡ 5
-$\textbf{Paris}$ ≡ Paris   \left( 3, 4 \right) ≡ (3, 4)   “Paris” ≡ Paris
-don’t ≡ don't   5\text{ cm} ≡ 5 cm   \(x\) ≡ x   `x` ≡ x   **18** ≡ 18
+Yes. ≡ yes   \text{blue} ≡ blue   (0, 1) ≡ ( 0,1 )   caf{e1} ≡ caf{e2}   巴黎。 ≡ 巴黎   ５ ≡ 5   PARIS ≡ paris
+$\textbf{Paris}$ ≡ Paris   \left( 3, 4 \right) ≡ (3, 4)   “Paris” ≡ Paris   No ≡ no   \(x\) ≡ x   `x` ≡ x
+don’t ≡ don't   5\text{ cm} ≡ 5 cm   **18** ≡ 18   $\boxed{\text{**B.**}}$. ≡ B   \[ \boxed{18} \] ≡ 18
 $B$ ≡ B   \boxed{B} ≡ B   **B** ≡ B   (B) ≡ B   B. ≡ B   (b) ≡ B   Option B ≡ B   B) Paris ≡ B
-(B) Meningitis ≡ B. meningitis   B (meningitis) ≡ B   A) a car ≡ A   A. text ≡ A   A: text ≡ A
-**B.** Paris ≡ B   \text{(B)} Rome ≡ B   (B) -5 ≡ B   (B) Paris ≡ B
-$18 ≡ 18   $18$ ≡ 18   \$18.00 ≡ 18   - $5 ≡ -5   -¥5 ≡ -5   € 5 ≡ 5   5 € ≡ 5   $29.00. ≡ 29
-1,000 ≡ 1000.0   $1,000 ≡ 1000.00   1{,}000 ≡ 1000   1,\!000 ≡ 1000   1e5 ≡ 100,000   18.0 ≡ 18
-1e-05 ≡ 0.00001   2.5E-3 ≡ 0.0025   -5 ≡ −5   - 5 ≡ -5   +5 ≡ 5   ٥ ≡ 5   \(5\) ≡ 5   3/4 ≡ 0.75
-\frac{3}{4} ≡ 0.75   \tfrac12 ≡ 1/2   -\frac{1}{2} ≡ -0.5   \boxed{\frac{1}{2}} ≡ 0.5
-72 apples ≡ 72   1000 dollars ≡ 1000   60 km/h ≡ 60   5\text{ cm} ≡ 5   1.50 m ≡ 1.5 m   18% ≡ 18
-$18 ≡ 18 dollars   90^\circ ≡ 90   50\% ≡ 50 percent   x = 5 ≡ 5   256+37 = 293 ≡ 293   x = \boxed{5} ≡ 5
-""".replace("{e1}", "\u00e9").replace("{e2}", "e\u0301")
-DIFFERENT = r"""
-$\text{Yes}$ ≡ $\text{No}$   (0, 1) ≡ [0, 1]   {1, 2} ≡ (1, 2)   1, 234 ≡ 1,234   (1, 234) ≡ (1,234)
-{5} ≡ 5   x' ≡ x   -x ≡ x   x ≡ X   \Delta ≡ \delta   mW ≡ MW   CO ≡ Co   2**3 ≡ 23   5² ≡ 52
-\frac{1}{2x} ≡ \frac{1}{2}x   \frac{a}{bc} ≡ \frac{ab}{c}   \mathbb{R} ≡ R   3½ ≡ 31/2
-2^{x+1} ≡ 2^x+1   5’ ≡ 5”   $ ≡ !   Paris ≡ Rome   12 ≡ twelve   H_2 ≡ H2   e.g. ≡ e
-$A$ ≡ $B$   A) B) C) D) ≡ A   (A) (B) ≡ A   A or B ≡ A   A and B ≡ A   a) and c) ≡ a   A, B ≡ A
-A ≡ a car   A ≡ (B) A   A) not B ≡ A   A) Paris ≡ A) Rome   C# ≡ C   O- ≡ O   Cl- ≡ Cl   x ≡ (x) + 1
-(a) - b ≡ a   (B)² ≡ B   I ≡ I think so   f (x) ≡ f   {B} ≡ B
-b ≡ B   e ≡ E   Aa ≡ aa   (B) isn't correct ≡ B   (B) cannot be right ≡ B   B: no ≡ B   A. 3; K. 4 ≡ A
-f (3) ≡ f   (B) 5 mW ≡ (B) 5 MW   A* ≡ A   x² = 9 ≡ 9   3 = 5 ≡ 5   \frac{1}{2}\pi ≡ 1/2\pi
--5 ≡ 5   12 ≡ 13   .5 ≡ 5   5! ≡ 5   5+ ≡ 5   >5 ≡ 5   ~5 ≡ 5   |5| ≡ 5   (5) ≡ 5   ±2021 ≡ 2021
-0,125 ≡ 125   1,5 ≡ 15   1,2 ≡ 12   1,0000 ≡ 10000   007 ≡ 7   1/0 ≡ 1   1e999999999 ≡ 1
-0.3... ≡ 0.3   2/3 ≡ 2   2 2/3 ≡ 2   3 100/200 ≡ 15.5   120/80 mmHg ≡ 90/60 mmHg
-(100,200) ≡ 100200   3:4 ≡ 3   12:30 ≡ 12   2021-05-03 ≡ 2021   5-10 ≡ 5   3 of 4 ≡ 3   3 or 4 ≡ 3
-5 or more ≡ 5   5 and a half ≡ 5   2x ≡ 2   2n ≡ 2   2 n ≡ 2   6ab ≡ 6   2\pi ≡ 2   2π ≡ 2
-5 - a ≡ 5   x^2 ≡ 2   5^2 ≡ 5   \sqrt{2} ≡ 2   5 million ≡ 5   $5 million ≡ 5   $5b ≡ 5   5K ≡ 5
-5万 ≡ 5   2 dozen ≡ 2   3 tenths ≡ 3   5 tens ≡ 5   3 apples ≡ 3 pears   5 mW ≡ 5 MW   $5 ≡ €5
-$5 ≡ 5 cents   not 5 ≡ 5   about 5 ≡ 5   less than 5 ≡ 5   x > 5 ≡ 5   x ≥ 5 ≡ 5   x >= 3 ≡ 3
-x != 3 ≡ 3   x == 3 ≡ 3   x = 5 ≡ y = 5   2x = 10 ≡ 10   x = 5 or x = 3 ≡ 3   x = 5, y = 3 ≡ 3
-It is not 5 ≡ 5
+(B) Meningitis ≡ B   (B) Crohn's disease ≡ B   \text{(B)} Rome ≡ B   Option (B) Paris ≡ B
+$18 ≡ 18   $18$ ≡ 18   \$18.00 ≡ 18   - $5 ≡ -5   5 $ ≡ 5   € 5 ≡ 5€   -¥5 ≡ -5 ¥   $29.00. ≡ 29
+1,000 ≡ 1000.0   $1,000 ≡ 1000.00   1{,}000 ≡ 1000   1,\!000 ≡ 1000   1e5 ≡ 100,000   18.0 ≡ 18   0 ≡ -0
+1e-05 ≡ 0.00001   2.5E-3 ≡ 0.0025   -5 ≡ −5   - 5 ≡ -5   +5 ≡ 5   .5 ≡ 0.50   \(5\) ≡ 5   3/4 ≡ 0.75
+\frac{3}{4} ≡ 0.75   6/8 ≡ 3/4   -\frac{1}{2} ≡ -0.5   \boxed{\frac{1}{2}} ≡ 0.5   -\dfrac{1}{2} ≡ - 1/2
+1.50 m ≡ 1.5 m   1,000.0 cm ≡ 1000 cm   50\% ≡ 50 percent   50 % ≡ 50.0%   18{zwsp} ≡ 18   {bom}18{lrm} ≡ 18
+Pa{shy}ris ≡ Paris
 """
+DIFFERENT = r"""
+$A$ ≡ $B$   A) B) C) D) ≡ A   (A) (B) ≡ A   A or B ≡ A   A ≡ a car   C# ≡ C   O- ≡ O   Cl- ≡ Cl
+0,125 ≡ 125   1,5 ≡ 15   5! ≡ 5   2n ≡ 2   6ab ≡ 6   $5b ≡ 5   5 mW ≡ 5 MW   5 million ≡ 5
+120/80 mmHg ≡ 90/60 mmHg   3 100/200 ≡ 15.5   (100,200) ≡ 100200   12:30 ≡ 12   3 or 4 ≡ 3   >5 ≡ 5
+x = 5 or x = 3 ≡ 3   (0, 1) ≡ [0, 1]   {1, 2} ≡ (1, 2)   x' ≡ x   \frac{1}{2x} ≡ \frac{1}{2}x
+\frac{a}{bc} ≡ \frac{ab}{c}   $\text{Yes}$ ≡ $\text{No}$
+1, 234 ≡ 1,234   (1, 234) ≡ (1,234)   3,5 ≡ 3, 5   {5} ≡ 5   -x ≡ x   x ≡ X   \Delta ≡ \delta   mW ≡ MW   CO ≡ Co
+CoS ≡ COS   NO ≡ no   5 Cal ≡ 5 cal   2**3 ≡ 23   5² ≡ 52   3½ ≡ 31/2   \mathbb{R} ≡ R   5’ ≡ 5”   $ ≡ !
+Paris ≡ Rome   12 ≡ twelve   H_2 ≡ H2   e.g. ≡ e   2^{x+1} ≡ 2^x+1   \frac{1}{2}\pi ≡ 1/2\pi
+A and B ≡ A   a) and c) ≡ a   A, B ≡ A   A ≡ (B) A   A) not B ≡ A   (a) - b ≡ a   (B)² ≡ B   {B} ≡ B   b ≡ B
+I ≡ I think so   f (x) ≡ f   f (3) ≡ f   e ≡ E   Aa ≡ aa   A* ≡ A   E. coli ≡ E. faecalis   J. Smith ≡ J. Jones
+(B) isn't correct ≡ B   (B) cannot be right ≡ B   B: no ≡ B   A. 3; K. 4 ≡ A   (B) A ≡ B   a: 5 ≡ a: 6
+H (hydrogen) ≡ H (henry)   (a) 5 ≡ (a) 6   B is wrong ≡ B   B. not sure ≡ B   B. Paris or C. Rome ≡ B
+-5 ≡ 5   12 ≡ 13   .5 ≡ 5   5+ ≡ 5   ~5 ≡ 5   |5| ≡ 5   (5) ≡ 5   ±2021 ≡ 2021   5 apples ≡ 5 pears   -5 m ≡ 5 m
+1,2 ≡ 12   1,0000 ≡ 10000   007 ≡ 7   1/0 ≡ 1   1e999999999 ≡ 1   0.3... ≡ 0.3   2/3 ≡ 2   2 2/3 ≡ 2
+3:4 ≡ 3   2021-05-03 ≡ 2021   5-10 ≡ 5   3 of 4 ≡ 3   72 or 73 ≡ 72   5 or more ≡ 5   5 and a half ≡ 5   2 n ≡ 2
+2x ≡ 2   2\pi ≡ 2   2π ≡ 2   5 - 3 ≡ 5   5 - a ≡ 5   5^2 ≡ 5   \sqrt{2} ≡ 2   $5 million ≡ 5   5K ≡ 5   5万 ≡ 5
+5 hundred ≡ 5   5 thousand ≡ 5   2 dozen ≡ 2   3 tenths ≡ 3   5 tens ≡ 5   5 halves ≡ 5   5 times ≡ 5   5 squared ≡ 5
+5% ≡ 5   5 percent ≡ 5   $5 ≡ €5   $5 ≡ 5 cents   $5 ≡ 5 euros   1.5 mmHg ≡ 3/2 mmHg   6/4 m ≡ 3/2 m   5 feet ten ≡ 5
+5 degrees below zero ≡ 5   5 factorial ≡ 5   not 5 ≡ 5   about 5 ≡ 5   less than 5 ≡ 5   x > 5 ≡ 5   x >= 3 ≡ 3
+x != 3 ≡ 3   x = 5 ≡ y = 5   2x = 10 ≡ 10   x = 5, y = 3 ≡ 3   3 = 5 ≡ 5   It is not 5 ≡ 5
+"""
+RIGHT = r"""
+72 clips ≡ 72   8 years old ≡ 8   1,000 dollars ≡ 1000   60 km/h ≡ 60   60 miles per hour ≡ 60   5\text{ cm} ≡ 5
+90° ≡ 90   €5 ≡ 5   B. Paris ≡ B   B: Paris ≡ B   B (meningitis) ≡ B   **B.** Paris ≡ B   (B) -5 ≡ B   A) a car ≡ A
+"""
+ODD = {"e1": "\u00e9", "e2": "e\u0301", "zwsp": "\u200b", "bom": "\ufeff", "lrm": "\u200e", "shy": "\u00ad"}
 
 
 def pairs(table: str) -> list[list[str]]:
     """Return [a, b] of each cell "a ≡ b". Two or more spaces or a newline separate cells."""
+    for name, character in ODD.items():
+        table = table.replace("{" + name + "}", character)
     return [cell.strip().split(" ≡ ") for cell in re.split(r" {2,}|\n", table) if cell]
 
 
-@pytest.mark.parametrize("table, same", [(SAME, True), (DIFFERENT, False)])
-def test_answers_match(table, same):
-    for a, b in pairs(table):
-        assert data.answers_match(a, b) is data.answers_match(b, a) is same, (a, b)
-        assert not data.answers_match(a, "") and not data.answers_match("", b)
+def test_answers_match_by_their_canonical_form():
+    for a, b in pairs(SAME):
+        assert data.canonical(a) == data.canonical(b), (a, b)
+        assert data.answers_match(a, b) and not data.answers_match(a, "")
+    assert not data.answers_match("", "") and not data.answers_match("\u200b", "")
+
+
+def test_different_answers_never_match():
+    for a, b in pairs(DIFFERENT):
+        assert not data.answers_match(a, b) and not data.answers_match(b, a), (a, b)
+        assert not data.answers_match("", a) and not data.answers_match(a, "")
+
+
+def test_words_may_stand_behind_a_bare_gold_answer_but_not_the_other_way_round():
+    for answer, gold in pairs(RIGHT):
+        assert data.answers_match(answer, gold), (answer, gold)
+        assert data.canonical(answer) != data.canonical(gold) and not data.answers_match(gold, answer)
+
+
+@pytest.mark.parametrize("piece", [
+    ".", ". ", "$", "$a", "*", "**a", "`", "(", "( , ", "9", "1,", "1,000", "1 ", "a", "aB", " ", "{",
+    "\\", r"\(", r"\left", r"\text{", r"\text{a}", r"\boxed{", r"\boxed{}", "Answer:", "Answer:\n",
+    "</think>", "B) a ", "5 per "])
+def test_answers_of_100000_characters_are_read_in_linear_time(piece):
+    long = piece * (100_000 // len(piece))  # A quadratic loop would take minutes.
+    data.answers_match(long, "5")
+    data.find_answer(long)
 
 
 @pytest.mark.parametrize("marker, answer, texts", [
     ("Answer:", "18", ["It follows.\nAnswer: 18", "Answer: 1\nno\nAnswer:  18 \nbye", "ANSWER: 18",
                        "**Answer**: 18", "**Answer:** 18", "**Answer: 18**", "Answer: **18**",
-                       "Answer：18", "answer : 18\r\n"]),
+                       "Answer：18", "answer : 18\r\n", "<think>\nAnswer: 5\n</think>\nAnswer: 18"]),
     ("Answer:", "**5**.", ["Answer: **5**."]), ("Answer:", "A*", ["Answer: A*"]),
-    ("Answer:", "two words", ["Answer: two words "]), ("Answer:", "2**3", ["__Answer:__ 2**3"]),
-    ("Answer:", None, ["Answer:", "Answer: \n12", "Answer: **", "The answer is 12", ""]),
+    ("Answer:", "two words", ["Answer: two words "]), ("Answer:", "2**3", ["Answer: 2**3"]),
+    ("Answer:", None, ["Answer:", "Answer: \n12", "Answer: **", "The answer is 12", "",
+                       "<think>\nAnswer: 5", "<think>\nAnswer: 5\n</think>\n5"]),
     ("答案：", "5", ["答案: 5"]), ("Final answer:", "5", ["**Final Answer**: 5"]),
-    ("####", "5", ["so\n#### **5**"]), ("Ответ:", "да", ["ОТВЕТ: да"]),
-    ("R\u00e9ponse:", "5", ["Re\u0301ponse: 5"])])
+    ("####", "5", ["so\n#### **5**"]), ("Ответ:", "да", ["ОТВЕТ: да"])])
 def test_an_answer_is_the_rest_of_the_line_after_the_last_marker(marker, answer, texts):
     for text in texts:
         assert data.extract_answer(text, marker) == answer, text
 
 
-def test_stars_around_the_marker_belong_to_the_marker():
+@pytest.mark.parametrize("text, answer", [
+    (r"So \boxed{ 18 }.", "18"), (r"\[ \boxed{\frac{1}{2}} \]", r"\frac{1}{2}"),
+    (r"\boxed{1} or \boxed{2}", "2"), (r"\boxed{\{1, \text{a}\}}", r"\{1, \text{a}\}"),
+    (r"\boxed{18} and \boxed{19", "18"), (r"\boxed{ 5 \boxed{18}", "18"), (r"\boxed{18", None),
+    (r"\boxed{}", None), (r"} \boxed{1}}", "1"), ("\\boxed{18}\nAnswer: 5\nbye", "5"),
+    ("Answer: \\boxed{18}", r"\boxed{18}"), ("**Answer:**\n\\boxed{18}", "18"),
+    ("\\boxed{5}</think>so \\boxed{18}", "18"), (r"\boxed{5}</think>", None)])
+def test_without_a_marker_the_answer_is_in_the_last_closed_box(text, answer):
+    assert data.extract_answer(text) == answer
+
+
+def test_stars_and_the_opening_brace_belong_to_the_marker():
     assert data.find_answer("So\n**Answer:** 18") == (3, 15, 17)
+    assert data.find_answer("So\n\\boxed{ 18 }") == (3, 11, 13)
 
 
-def test_different_spellings_of_an_answer_are_counted_together():
-    assert data.number_answers(["4", "5", "4.0", None, None, "$5"], 3) == [0, 1, 0, -1, -1, 0]
-    assert data.number_answers(["5 apples", "5 pears", "5"], 3) == [0, 1, 0], "the first decides"
-    assert data.majority(["4", "5", "4.0", None]) == ("4", 0.5)
+def test_equal_answers_are_counted_together():
+    assert data.number_answers(["4", "5", "4.0", None, "", "$5"], 3) == [0, 1, 0, -1, -1, 0]
+    assert data.number_answers(["5 apples", "5", "5 pears", "5.0"], 4) == [0, 1, 2, 1]
+    assert data.majority(["4", "5", "$4.0", None]) == ("4", 0.5), "as it is written first"
     assert data.majority(["5", "4"]) == ("5", 0.5), "the earliest of equals"
     assert data.majority(["$A$", "$B$", "$C$", "$D$"])[1] == 0.25
-    assert data.majority([None, None]) == data.majority([]) == (None, 0.0)
+    assert data.majority([None, "\u200b"]) == data.majority([]) == (None, 0.0)
 
 
 # Templates like those of the models, cut down to the features that matter.
@@ -833,17 +875,34 @@ CHATML_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-# Like Qwen3, it has a default system prompt and uses tools, break and tojson without HTML escapes.
-QWEN_TEMPLATE = """{%- if tools %}{{ raise_exception('There are no tools.') }}{% endif %}
+# Like Qwen3, it has a default system prompt, uses tools, break and tojson without HTML escapes, and
+# puts an empty block of thoughts before an answer. Qwen3-Thinking also opens it in the prompt.
+QWEN_TEMPLATE = r"""{%- if tools %}{{ raise_exception('There are no tools.') }}{% endif %}
 {%- if messages[0].role != 'system' %}
     {{- '<|im_start|>system\n9 & ' + ('<9>' | tojson) + '<|im_end|>\n' }}
 {%- endif %}
 {%- for m in messages %}
     {%- if m.content is not string %}{% break %}{% endif %}
-    {{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}
+    {{- '<|im_start|>' + m.role + '\n' }}
+    {%- if m.role == 'assistant' and loop.last %}
+        {%- set thoughts = m.reasoning_content | default('', true) %}
+        {{- '<think>\n' + thoughts.strip('\n') + '\n</think>\n\n' }}
+    {%- endif %}
+    {{- m.content.lstrip('\n') + '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-# Like Llama 3.1, it has BOS and today's date, and trims messages.
+QWEN_THINKING_TEMPLATE = QWEN_TEMPLATE.replace(r"'<|im_start|>assistant\n'",
+                                               r"'<|im_start|>assistant\n<think>\n'")
+# Like DeepSeek-R1-Distill, it removes the thoughts from an answer.
+R1_TEMPLATE = r"""{{- bos_token }}
+{%- for m in messages -%}
+  {%- if m['role'] == 'user' -%}{{ '<User>' + m['content'] }}{%- endif -%}
+  {%- if m['role'] == 'assistant' and m['content'] is not none -%}
+    {{ '<Assistant>' + m['content'].split('</think>')[-1] + '</s>' }}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<Assistant><think>\n' }}{%- endif -%}"""
+# Like Llama 3.1, it has BOS and a date, and trims messages.
 LLAMA3_TEMPLATE = """{{- bos_token }}
 {%- if tools is not none %}{{ raise_exception('There are no tools.') }}{% endif %}
 {%- if strftime_now is defined %}{{ strftime_now("%d %b %Y") }}{% endif %}
@@ -856,16 +915,20 @@ LLAMA3_TEMPLATE = """{{- bos_token }}
 {%- endif %}"""
 MISTRAL_TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}\
 {{ '[INST] ' + m.content + ' [/INST]' }}{% elif m.role == 'assistant' %}\
-{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"""
+{% generation %} {{ m.content + eos_token }}{%- endgeneration -%} {% endif %}{% endfor %}"""
+THINK = ["<think>", "</think>"]  # added tokens that are not special
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+MERGES = [("{", "\\"), ("}", "}"), ("$", "\\"), ("i", "s")]
 PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "▁9",
           *"0123456789+=us"]
 
 
 def make(kind: str, special=(), template: str = "", normalizer=None) -> Tokenizer:
-    """Return a tokenizer of single characters. Its post-processor has the given template."""
+    """Return a tokenizer of characters and a few longer tokens, whose post-processor has this
+    template."""
     if kind == "bytes":
-        tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(BYTES)}, []))
+        vocab = {piece: i for i, piece in enumerate([*BYTES, *map("".join, MERGES)])}
+        tokenizer = Tokenizer(models.BPE(vocab, MERGES))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
     else:
@@ -882,7 +945,8 @@ def make(kind: str, special=(), template: str = "", normalizer=None) -> Tokenize
             tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
     if normalizer is not None:
         tokenizer.normalizer = normalizer
-    tokenizer.add_special_tokens(list(special))
+    tokenizer.add_special_tokens([token for token in special if token not in THINK])
+    tokenizer.add_tokens([token for token in special if token in THINK])
     if template:
         names = [name for name in ("<s>", "</s>", "<|begin_of_text|>") if name in template]
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -903,32 +967,81 @@ def write_tokenizer(folder, *arguments, jinja=None, normalizer=None, **config):
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """Return a function that writes a tokenizer and loads it as Text. CHATML sets a template."""
-    def build(*arguments, eos_ids=(), max_reasoning_steps=16, **config):
+    def build(*arguments, eos_ids=(), **config):
         if CHATML in arguments:
             config.setdefault("chat_template", CHATML_TEMPLATE)
         folder = write_tokenizer(tmp_path_factory.mktemp("tokenizer"), *arguments, **config)
-        return data.Text(folder, eos_ids, max_reasoning_steps=max_reasoning_steps)
+        return data.Text(folder, eos_ids)
     return build
+
+
+def asked(question: str) -> str:
+    return f"{question.strip()}\n{data.INSTRUCTION.format(marker=data.MARKER)}"
+
+
+def reference_prompt(folder, question: str) -> list[int]:
+    tokenizer = transformers().AutoTokenizer.from_pretrained(folder)
+    return tokenizer.apply_chat_template([{"role": "user", "content": asked(question)}],
+                                         add_generation_prompt=True, return_dict=False)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "first", "always", "prepend"])
 @pytest.mark.parametrize("special, post, template, bos", [
-    (CHATML, "", CHATML_TEMPLATE, None), (CHATML, "", QWEN_TEMPLATE, None),
+    (CHATML, "", CHATML_TEMPLATE, None), (CHATML + THINK, "", QWEN_TEMPLATE, None),
+    (CHATML + THINK, "", QWEN_THINKING_TEMPLATE, None),
+    (["<User>", "<Assistant>", *THINK, *BOS_EOS], "<s> $A", R1_TEMPLATE, "<s>"),
     (LLAMA3, "", LLAMA3_TEMPLATE, "<|begin_of_text|>"),
     (LLAMA3, "<|begin_of_text|> $A", LLAMA3_TEMPLATE, "<|begin_of_text|>"),
-    (["<s>", *CHATML], "<s> $A", CHATML_TEMPLATE, "<s>"),
     (["<s>", *CHATML], "<s> $A", "{{ bos_token }}" + CHATML_TEMPLATE, "<s>"),
     (BOS_EOS, "<s> $A", MISTRAL_TEMPLATE, "<s>")])
 def test_a_prompt_matches_the_chat_template_of_transformers(
         kind, special, post, template, bos, tmp_path):
+    end = [token for token in special if token not in THINK][-1]
     folder = write_tokenizer(tmp_path, kind, special, post, chat_template=template, bos_token=bos,
-                              eos_token={"content": special[-1], "__type": "AddedToken"})
+                             eos_token={"content": end, "__type": "AddedToken"})
+    text = data.Text(folder)
     question = " 9 + 9\n = é <9>?\n  us "
-    asked = f"{question.strip()}\n{data.INSTRUCTION.format(marker=data.MARKER)}"
-    text, reference = data.Text(folder), transformers().AutoTokenizer.from_pretrained(folder)
-    assert text.prompt(question) == reference.apply_chat_template(
-        [{"role": "user", "content": asked}], add_generation_prompt=True, return_dict=False)
-    assert text.end == text.tokenizer.token_to_id(special[-1])
+    assert text.encode_prompt(question) == reference_prompt(folder, question)
+    assert text.end == text.tokenizer.token_to_id(end)
+
+
+@pytest.mark.parametrize("config", [{}, {"added_tokens_decoder": {}}, {"bos_token": "<t>"}])
+def test_special_tokens_map_is_read_as_transformers_reads_it(config, tmp_path):
+    folder = write_tokenizer(tmp_path, "bytes", ["<t>", *BOS_EOS], jinja="{{ bos_token }}"
+                             "{{ eos_token }}{{ messages[0].content }}", **config)
+    names = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
+    (folder / "special_tokens_map.json").write_text(json.dumps(names))
+    assert data.Text(folder, [0]).encode_prompt("9?") == reference_prompt(folder, "9?")
+
+
+def test_a_template_prints_the_given_date(tmp_path):
+    folder = write_tokenizer(tmp_path, "bytes", LLAMA3, chat_template=LLAMA3_TEMPLATE)
+    text = data.Text(folder, date=data.datetime(2020, 2, 29))
+    assert text.chat.startswith("29 Feb 2020<|start_header_id|>")
+
+
+@pytest.mark.parametrize("special, template, expected", [
+    (CHATML, CHATML_TEMPLATE, "one\n two\nAnswer: 18"),
+    (CHATML, QWEN_TEMPLATE, "<think>\none\n two\n</think>\n\nAnswer: 18"),
+    (CHATML, QWEN_THINKING_TEMPLATE, "one\n two\n</think>\n\nAnswer: 18"),
+    (BOS_EOS, R1_TEMPLATE, "one\n two\n</think>\n\nAnswer: 18"),
+    # Like Qwen3.5, it closes the empty block in the prompt.
+    (CHATML, QWEN_TEMPLATE.replace("assistant\\n'", "assistant\\n<think>\\n\\n</think>\\n\\n'"),
+     "one\n two\nAnswer: 18")])
+@pytest.mark.parametrize("think", [[], THINK])
+def test_supervised_reasoning_is_in_the_templates_block_of_thoughts(
+        special, template, expected, think, build):
+    text = build("bytes", special + think, chat_template=template, bos_token="<s>")
+    response = text.encode_response("\none\n\n two \n", "18")
+    assert text.decode(response) == expected
+    (tokens, cuts, start, end), answer = text.parse([1], response)
+    opening = "<think>\n" if expected.startswith("<think>") else ""
+    closing = "</think>\n\n" if "</think>" in expected else ""
+    steps = [text.decode(tokens[a:b]) for a, b in zip(cuts, cuts[1:])]
+    assert steps == [f"{opening}one\n ", "two\n"] and answer == "18"
+    assert text.decode(tokens[cuts[-1]:start]).strip() == f"{closing}Answer:"
+    unclosed = text.encode("one\nAnswer: 18", after="\n") + [text.end]
+    assert text.parse([1], unclosed)[1] == (None if closing else "18")
 
 
 @pytest.mark.parametrize("place", [
@@ -937,7 +1050,7 @@ def test_a_prompt_matches_the_chat_template_of_transformers(
                         {"name": "default", "template": MISTRAL_TEMPLATE}])])
 def test_a_chat_template_is_found_in_each_of_its_places(place, build):
     text = build("bytes", BOS_EOS, bos_token="<s>", eos_token="</s>", **place)
-    shown = text.tokenizer.decode(text.prompt("9?"), skip_special_tokens=False)
+    shown = text.tokenizer.decode(text.encode_prompt("9?"), skip_special_tokens=False)
     assert shown.startswith("<s>[INST] 9?\n") and shown.endswith(" [/INST]")
 
 
@@ -946,75 +1059,75 @@ def test_a_chat_template_is_found_in_each_of_its_places(place, build):
     ("{{ messages[0].role }}", "user's message"), ("{{ ''.__class__.__mro__ }}", "unsafe"),
     ("{{ messages.append(1) }}", "unsafe"), ([{"name": "rag", "template": "x"}], "default"),
     ("{{ messages[0].content + 1 }}", "str")])
-def test_an_unusable_chat_template_is_named(template, reason, build, tmp_path):
-    with pytest.raises(data.DataError, match=f"tokenizer_config.json .*{reason}"):
+def test_an_unusable_chat_template_is_named(template, reason, build):
+    with pytest.raises(data.DataError, match=f"template in .*tokenizer.*{reason}") as caught:
         build("bytes", CHATML, chat_template=template)
-    if isinstance(template, str):
-        with pytest.raises(data.DataError, match=f"chat_template.jinja .*{reason}") as caught:
-            build("bytes", CHATML, jinja=template, chat_template=None)
-        assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_a_template_without_an_end_token_uses_the_models_own(build):
+def test_without_a_template_or_its_end_token_the_models_own_are_used(build):
+    text = build("bytes", CHATML, eos_ids=[7, 8], chat_template=None)
+    assert text.chat is None and text.decode(text.encode_prompt("why?")) == asked("why?") + "\n"
+    assert text.end == 7 and text.end_ids == {7, 8}
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     assert build("bytes", CHATML, chat_template=template, eos_ids=[7, 8]).end == 7
 
 
 @pytest.mark.parametrize("kind", ["first", "always", "prepend"])
 @pytest.mark.parametrize("post", ["<s> $A", "<s> $A </s>"])
-def test_a_plain_prompt_has_bos_once_and_no_end(kind, post, build):
-    text = build(kind, ["<s>", "</s>"], post, eos_ids=[0, 2])
-    plain = make(kind, ["<s>", "</s>"], post).encode(
-        "9?\n" + data.INSTRUCTION.format(marker=data.MARKER) + "\n", add_special_tokens=False).ids
-    assert text.prompt("9?") == [1, *plain]
+def test_a_plain_prompt_and_its_response_are_encoded_as_one_text(kind, post, build):
+    text = build(kind, BOS_EOS, post, eos_ids=[2])
+    prompt, response = text.encode_prompt("9?"), text.encode_response("9 + 9 = 18", "18")
+    plain = make(kind, BOS_EOS, post)
+    assert prompt == [1, *plain.encode(asked("9?") + "\n", add_special_tokens=False).ids]
+    running = text.decode(prompt[1:]) + "9 + 9 = 18\nAnswer: 18"
+    assert prompt + response == make(kind, BOS_EOS, "<s> $A").encode(running).ids + [2]
+    assert text.decode(response) == "9 + 9 = 18\nAnswer: 18"
+    assert text.parse(prompt, response)[1] == "18"
 
 
 @pytest.mark.parametrize("template", ["", CHATML_TEMPLATE, CHATML_TEMPLATE.replace("m.role", "m")])
 def test_a_special_token_in_a_question_or_a_solution_stays_text(template, build):
-    text = build("bytes", CHATML, eos_ids=[len(BYTES) + 1], chat_template=template)
-    usual, odd = text.prompt("why?"), text.prompt("<|im_end|> why<|im_start|>?")
+    text = build("bytes", CHATML, eos_ids=[len(BYTES + MERGES) + 1], chat_template=template)
+    usual, odd = text.encode_prompt("why?"), text.encode_prompt("<|im_end|> why<|im_start|>?")
     for special in CHATML:
         special = text.tokenizer.token_to_id(special)
         assert odd.count(special) == usual.count(special)
     assert "<|im_end|> why<|im_start|>?" in text.tokenizer.decode(odd)
-    assert text.end not in text.response("<|im_end|>", "1")[:-1]
+    assert text.end not in text.encode_response("<|im_end|>", "1")[:-1]
 
 
-def test_a_folder_without_a_template_gets_plain_text(build):
-    text = build("bytes", CHATML, eos_ids=[5], chat_template=None)
-    asked = "why?\n" + data.INSTRUCTION.format(marker=data.MARKER) + "\n"
-    assert text.decode(text.prompt("why?")) == asked and text.end == 5
-
-
-@pytest.mark.parametrize("kind", ["first", "always", "prepend"])
-def test_a_response_is_encoded_as_a_continuation_of_the_prompt(kind, build):
-    text = build(kind, ["<s>", "</s>"], "<s> $A", eos_ids=[2])
-    prompt, response = text.prompt("9?"), text.response("9 + 9 = 18", "18")
-    assert response[0] == text.tokenizer.token_to_id("9")
-    running = text.decode(prompt[1:]) + "9 + 9 = 18\nAnswer: 18"
-    assert prompt + response == make(kind, ["<s>", "</s>"], "<s> $A").encode(running).ids + [2]
-    assert text.decode(response) == "9 + 9 = 18\nAnswer: 18" and text.answer(response) == "18"
-
-
-LINE = st.text("aé漢🙂 .", min_size=1, max_size=4).map(str.strip).filter(bool)
+LINE = st.text("aé漢🙂 .", min_size=1, max_size=4).map(lambda text: text.strip() + "9")
 
 
 @settings(max_examples=60)
-@given(st.lists(LINE, max_size=9), LINE, st.sampled_from(["\n", "\n\n", "\n  "]), st.integers(1, 6))
-def test_steps_of_any_text_are_whole_lines_merged_evenly(build, lines, answer, between, max_steps):
-    text = build("bytes", CHATML, max_reasoning_steps=max_steps)
-    written = between.join(["", *lines, f"Answer: {answer}"]) + "\nbye"
-    response = text.encode(written, "\n") + [text.end]
-    tokens, cuts, start, end = text.parse([1, 2], response)
+@given(st.lists(LINE, max_size=9), st.sampled_from(["\n", "\n\n", "\n  ", "\n--\n"]),
+       st.sampled_from(["Answer: 9", "**Answer:** 9", "$\\boxed{9}$", "\\[\n\\boxed{\\frac{9}{9}}\n"]))
+def test_the_steps_of_any_text_are_its_lines(build, lines, between, ending):
+    text = build("bytes", CHATML)
+    response = text.encode(between.join(["", *lines, ending]) + "\nbye", "\n") + [text.end]
+    (tokens, cuts, start, end), answer = text.parse([1, 2], response)
     assert tokens == [1, 2] + response and cuts[0] == 2 and cuts == sorted(set(cuts))
-    steps = [text.decode(tokens[a:b]).split("\n") for a, b in zip(cuts, cuts[1:])]
-    found = [[line.strip() for line in step if line.strip()] for step in steps]
-    assert sum(found, []) == lines and len(found) == min(len(lines), max_steps)
-    sizes = set(map(len, found))
-    assert not sizes or max(sizes) - min(sizes) <= 1
-    assert text.decode(tokens[cuts[-1]:start]).strip() == "Answer:"
-    assert text.decode(tokens[start:end]).strip() == answer
-    assert text.decode(tokens[end:]) == "\nbye"
+    steps = [text.decode(tokens[a:b]).replace("--", "").strip() for a, b in zip(cuts, cuts[1:])]
+    assert steps == lines
+    marker = text.decode(tokens[cuts[-1]:start]).replace("--", "").split()
+    assert "".join(marker) in ("Answer:", "**Answer:**", "$\\boxed{", "\\[\\boxed")
+    assert answer in ("9", r"\frac{9}{9}") and answer in text.decode(tokens[start:end])
+    assert text.decode(tokens[cuts[-1]:]).endswith(ending.split("9")[-1] + "\nbye")
+
+
+@torch.no_grad()
+def test_the_support_of_a_boxed_answer_matches_its_definition(build):
+    text = build("bytes", CHATML)
+    parts = ["9+9\n", "is 18, so it is ", r"$\boxed", r"{\frac{1}{2}}"]
+    ids = [text.encode("".join(parts[:i]), "\n") for i in range(5)]
+    (tokens, cuts, start, end), answer = text.parse([1, 2], ids[4] + text.encode("$", "}") + [text.end])
+    assert answer == r"\frac{1}{2}" and [*cuts, start, end] == [2 + len(i) for i in ids]
+    model = tiny(text.vocab_size)
+    support, _ = answer_support(model, [Trace(tokens, cuts, start, end)])
+    for p, cut in zip(support[0], cuts):
+        logits = model(torch.tensor([tokens[:cut] + tokens[cuts[-1]:end]]))[0, -1 - end + start:-1]
+        close(p, token_logprobs(logits, torch.tensor(tokens[start:end])).mean().exp())
 
 
 @pytest.mark.parametrize("before, response, after", [
@@ -1024,22 +1137,20 @@ def test_without_an_answer_there_are_no_steps(before, response, after, build):
     text = build("bytes", CHATML)
     ids = [text.tokenizer.token_to_id(token) for token in [*before, *after]]
     ids = ids[:len(before)] + text.encode(response, "\n") + ids[len(before):]
-    assert text.parse([5, 6], ids) == ([5, 6] + ids, [2], len(ids) + 2, len(ids) + 2)
-    assert text.answer(ids) is None
+    assert text.parse([5, 6], ids) == (([5, 6] + ids, [2], len(ids) + 2, len(ids) + 2), None)
 
 
 @pytest.mark.parametrize("form", [normalizers.NFC(), normalizers.NFD(), normalizers.Lowercase()])
 @pytest.mark.parametrize("answer", ["caf\u00e9", "cafe\u0301", "2\u00bd", "\u22125", "Åland"])
 def test_an_answer_matches_its_gold_answer_with_any_normalizer(form, answer, build, tmp_path):
     text = build("bytes", CHATML, normalizer=form)
-    text.marker = "R\u00e9ponse:"
     path = write_lines(tmp_path / "a.jsonl", {"prompt": "p", "reasoning": "r", "answer": answer})
-    [(_, response)], _ = data.load_labeled(path, text, 500, 500)
-    assert data.answers_match(text.answer(response), answer)
+    [(prompt, response)], _ = data.load_labeled(path, text, 500, 500)
+    assert data.answers_match(text.parse(prompt, response)[1], answer)
 
 
 def test_a_folder_without_a_usable_tokenizer_is_named(tmp_path):
-    for content in (None, "", "{", "{}", "null", Tokenizer(models.BPE()).to_str()):
+    for content in (None, "", "{", "{}", "null"):
         if content is not None:
             (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(data.DataError, match="tokenizer.json"):
@@ -1054,89 +1165,86 @@ def write_lines(path, *lines):
     return path
 
 
-def test_records_in_gsm8k_format_are_read(tmp_path, build):
+def test_records_are_read_with_their_answers_as_they_are_written(tmp_path, build):
     gsm8k = {"question": "How many?", "answer": "9 + 9 = <<9+9=18>>18\n#### 18"}
+    number = '{"prompt": 7, "reasoning": null, "answer": 12345678901234567890.50}'
     path = write_lines(tmp_path / "a.jsonl", "\ufeff" + json.dumps(gsm8k), "\r",
-                       {"prompt": "And?", "reasoning": "  one\n\n two\u2028", "answer": 3})
+                       {"prompt": "And?", "reasoning": "  one\n\n two\u2028", "answer": "3 "})
     text = build("bytes", CHATML)
     (_, first), (_, second) = data.load_labeled(path, text, 500, 500)[0]
     assert text.decode(first) == "9 + 9 = 18\nAnswer: 18"
     assert text.decode(second) == "  one\n two\nAnswer: 3", "indentation is kept"
-    assert [(question, gold) for _, question, gold in data.load_eval(path, text, 500)[0]] == [
-        ("How many?", "18"), ("And?", "3")]
-    assert data.load_labeled(path, text, 500, len(second))[1] == 1, "the longer one is skipped"
-    assert len(data.load_eval(path, text, 500, limit=1)[0]) == 1
-    write_lines(path, {"prompt": "And?", "reasoning": None, "answer": 3})
-    assert data.load_eval(path, text, 500)[0][0][1:] == ("And?", "3")
+    with path.open("a") as file:
+        file.write(number + "\n" + json.dumps({"prompt": "And?", "answer": "4\u2028"}))
+    queries, note = data.load_eval(path, text, 500)
+    assert note == "" and [query[1:] for query in queries] == [
+        ("How many?", "18"), ("And?", "3"), ("7", "12345678901234567890.50")], "each prompt once"
+    write_lines(path, gsm8k, "not JSON")
+    assert len(data.load_eval(path, text, 500, limit=1)[0]) == 1, "the rest is not read"
 
 
-def test_unlabeled_answers_are_never_read(tmp_path, build):
+def test_unlabeled_answers_are_never_read_and_each_prompt_is_kept_once(tmp_path, build):
     path = write_lines(tmp_path / "a.jsonl", {"prompt": "a", "answer": {"x": [1]}},
                        {"prompt": "b", "answer": "\ud800"}, {"question": "a"})
     text = build("bytes", CHATML)
-    expected = [text.prompt("a"), text.prompt("b")]
-    assert data.load_unlabeled(path, text, 500) == (expected, 0), "repeated ones once"
+    expected = [text.encode_prompt("a"), text.encode_prompt("b")]
+    assert data.load_unlabeled(path, text, 500) == (expected, "")
     lower = build("bytes", CHATML, normalizer=normalizers.Lowercase())
     write_lines(path, {"prompt": "a"}, {"prompt": "A"})
-    assert data.load_unlabeled(path, lower, 500) == ([lower.prompt("a")], 0), "alike to the model"
+    assert len(data.load_unlabeled(path, lower, 500)[0]) == 1, "the same for the model"
 
 
-@pytest.mark.parametrize("number", ["0.00001", "1e-05", "-3", "12345678901234567890.5"])
-def test_a_json_number_keeps_its_value(number, tmp_path, build):
-    path = write_lines(tmp_path / "a.jsonl", '{"prompt": 7, "answer": %s}' % number)
-    [(_, question, gold)], _ = data.load_eval(path, build("bytes", CHATML), 500)
-    assert question == "7" and data.Fraction(gold) == data.Fraction(number)
+def test_a_note_says_which_records_are_too_long(tmp_path, build):
+    text = build("bytes", CHATML)
+    path = write_lines(tmp_path / "a.jsonl", *({"prompt": "p" * n, "reasoning": "r" * m, "answer": 1}
+                                               for n, m in ((1, 1), (900, 1), (800, 800), (1, 700))))
+    pairs, note = data.load_labeled(path, text, 500, 600)
+    longest = [len(text.encode_prompt("p" * 900)), len(text.encode_response("r" * 800, "1"))]
+    assert len(pairs) == 1 and f"1 of 4 records of {path} are left" in note
+    assert f"--max_prompt_tokens 500 (the longest has {longest[0]} tokens)" in note
+    assert f"--max_new_tokens 600 (the longest has {longest[1]} tokens)" in note
+    assert "max_new_tokens" not in data.load_eval(path, text, 500)[1]
+    with pytest.raises(data.DataError, match="0 of 3 records .*--max_prompt_tokens 9 .*raise"):
+        data.load_unlabeled(path, text, 9)
 
 
 WHOLE = {"prompt": "p", "reasoning": "r", "answer": "1"}
-BAD_LINES = [b"{", b"[1]", b'"text"', b"\xff\xfe"]
-for change in (dict(prompt=...), dict(answer=...), dict(reasoning=...), dict(prompt=["p"]),
-               dict(reasoning=None), dict(answer=True), dict(prompt="\ud800"), dict(prompt=" "),
-               dict(answer=" "), dict(answer="1\n2"), dict(reasoning=..., answer="because ####"),
-               dict(answer=math.nan), dict(answer=-math.inf), dict(answer="3 (Answer: 4)")):
-    record = {k: v for k, v in {**WHOLE, **change}.items() if v is not ...}
-    BAD_LINES.append(json.dumps(record).encode())
-BAD_LINES.append(json.dumps(WHOLE).encode().replace(b'"1"', b"1e400"))
 
 
-@pytest.mark.parametrize("line", BAD_LINES)
-def test_a_bad_line_is_named(line, tmp_path, build):
+@pytest.mark.parametrize("line, reason", [
+    (b"{", "not a JSON object"), (b"[1]", "named fields"), (b'"text"', "named fields"),
+    (b"\xff\xfe", "not a JSON object"), (b"[" * 9999, "not a JSON object"),
+    (json.dumps(WHOLE).encode().replace(b'"p"', b'"\xff"'), "'prompt' .*UTF-8"),
+    *((json.dumps({**WHOLE, **change}).encode(), reason) for change, reason in [
+        (dict(prompt=None), "'prompt' is missing .the fields are prompt, reasoning, answer"),
+        (dict(prompt=["p"]), "'prompt' is a list: give one string"),
+        (dict(answer=True), "'answer' is a bool"), (dict(answer=math.nan), "'answer' is a float"),
+        (dict(prompt="\ud800"), "'prompt' .*UTF-8"), (dict(answer=" "), "'answer' is blank"),
+        (dict(reasoning=None), "no 'reasoning'"), (dict(answer="1\n2"), "'answer' is not one line"),
+        (dict(reasoning="", answer="because ####"), "'answer' is not one line"),
+        (dict(answer="3 (Answer: 4)"), "would be read as '4.'")]),
+    (b'{"promt": "p"}', "'prompt' is missing"), (b'{"question": ""}', "'question' is blank")])
+def test_a_bad_line_is_named(line, reason, tmp_path, build):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(json.dumps(WHOLE).encode() + b"\n\n" + line + b"\n")
-    with pytest.raises(data.DataError, match=r"bad\.jsonl line 3\b") as caught:
+    with pytest.raises(data.DataError, match=rf"bad\.jsonl line 3\b.*{reason}") as caught:
         data.load_labeled(path, build("bytes", CHATML), 500, 500)
     assert "\n" not in str(caught.value)
 
 
-def test_traces_with_mostly_unknown_words_raise_an_error(tmp_path, toy):
-    folder, text = toy
-    path = write_lines(tmp_path / "a.jsonl", {**WHOLE, "reasoning": "It rains.", "answer": "yes"})
-    with pytest.raises(data.DataError, match="a.jsonl line 1: .* does not know most"):
-        data.load_labeled(path, text, 500, 500)
-    assert len(data.load_labeled(folder / "labeled.jsonl", text, 500, 500)[0]) == 64
-
-
-def test_a_missing_prompt_is_named():
-    with pytest.raises(data.DataError, match="'prompt' is missing"):
-        data.text_field({"promt": "p"}, "prompt", "a.jsonl line 1")
-    with pytest.raises(data.DataError, match="'question' is missing"):
-        data.text_field({"question": ""}, "prompt", "a.jsonl line 1")
-
-
 def test_a_file_without_records_is_named(tmp_path, build):
     (tmp_path / "empty.jsonl").write_text("\n")
-    long = write_lines(tmp_path / "long.jsonl", {"prompt": "p" * 999})
-    for name, wrong in (("empty", "empty"), ("none", "read"), (long.stem, "longer")):
-        with pytest.raises(data.DataError, match=f"{name}.jsonl.*{wrong}"):
+    for name, wrong in (("empty", "is empty"), ("none", "cannot be read")):
+        with pytest.raises(data.DataError, match=f"{name}.jsonl {wrong}"):
             data.load_unlabeled(tmp_path / f"{name}.jsonl", build("bytes", CHATML), 500)
 
 
 RECORDS = b"""{"prompt": "why?", "reasoning": "one\\ntwo", "answer": "18"}
 {"question": "And?", "answer": "9+9=<<9+9=18>>18\\n#### 18"}
 """
-ODD = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b"}", b'"', b"\\ud800", b"\r",
-       b"\x85", b"NaN", b"1e999", b"[" * 3000,
-       b"9" * 9999, b"<<" * 9999, b"null", b'"answer": "Answer: x"', "\ufdd0 \u2028é".encode()]
+ODD_BYTES = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b"}", b'"', b"\\ud800", b"\r", b"\x85", b"NaN",
+             b"1e999", b"[" * 3000, b"9" * 9999, b"<<" * 9999, b"null", b'"answer": "Answer: x"',
+             "\ufdd0 \u2028é".encode()]
 
 
 def test_corrupted_files_give_records_or_a_one_line_error(tmp_path, build):
@@ -1145,11 +1253,10 @@ def test_corrupted_files_give_records_or_a_one_line_error(tmp_path, build):
         content = RECORDS
         for _ in range(rng.choice([1, 2, 4])):
             a = rng.randrange(len(content) + 1)
-            content = content[:a] + rng.choice(ODD) + content[a + rng.choice([0, 0, 1, 9]):]
+            content = content[:a] + rng.choice(ODD_BYTES) + content[a + rng.choice([0, 0, 1, 9]):]
         (tmp_path / "odd.jsonl").write_bytes(content)
         try:
             records, _ = data.load_labeled(tmp_path / "odd.jsonl", text, 512, 512)
-            assert all(text.answer(response) for _, response in records)
             for prompt, response in records:
                 assert max(prompt + response) <= text.end, "no token of our own"
             outcomes["records"] += 1
@@ -1170,15 +1277,15 @@ def toy(tmp_path_factory):
 def test_the_toys_trace_is_cut_at_its_lines(toy):
     folder, text = toy
     for _, record in data.read_jsonl(folder / "labeled.jsonl"):
-        prompt = text.prompt(record["prompt"])
-        response = text.response(record["reasoning"], record["answer"])
+        prompt = text.encode_prompt(record["prompt"])
+        response = text.encode_response(record["reasoning"], record["answer"])
         assert record["prompt"] in text.decode(prompt)
-        tokens, cuts, start, end = text.parse(prompt, response)
+        (tokens, cuts, start, end), answer = text.parse(prompt, response)
         assert tokens == prompt + response and tokens[end:] == [text.end] and cuts[0] == len(prompt)
         steps = [text.decode(tokens[a:b]).strip() for a, b in zip(cuts, cuts[1:])]
         assert steps == record["reasoning"].splitlines()
         assert text.decode(tokens[cuts[-1]:start]).strip() == "Answer:"
-        assert text.decode(tokens[start:end]).strip() == text.answer(response) == record["answer"]
+        assert text.decode(tokens[start:end]).strip() == answer == record["answer"]
 
 
 def statements(task, reasoning) -> list[tuple[int, int]]:
@@ -1349,7 +1456,7 @@ def test_the_saved_model_is_complete(toy_run, tmp_path, monkeypatch):
     assert flat(again["model"]) == pytest.approx(flat(before["final"]))
     ours = load_pretrained(folder)
     text = data.Text(folder, ours.eos_ids)
-    prompt = text.prompt(records_of(path, 1)[0]["prompt"])
+    prompt = text.encode_prompt(records_of(path, 1)[0]["prompt"])
     tokenizer = transformers().AutoTokenizer.from_pretrained(folder)
     assert tokenizer(text.decode(prompt)).input_ids == prompt
     ids = torch.tensor([prompt])
@@ -1587,8 +1694,8 @@ def test_results_are_printed_as_a_table_and_diagrams_to_scale(capsys):
 
 def test_examples_show_support_or_why_there_is_no_answer(trainer_for, capsys):
     text = trainer_for().text
-    prompt = text.prompt("Findings:")
-    whole = text.response("1 suggests", "2")
+    prompt = text.encode_prompt("Findings:")
+    whole = text.encode_response("1 suggests", "2")
     vote = {"answer": "2", "right": True, "confidence": 0.5}
     found = []
     for response in (whole, whole[:-1], text.encode("1 suggests", after="\n") + [text.end]):

@@ -237,7 +237,7 @@ def say(text: str):
 
 def load_model(args, device, date: datetime) -> tuple[Decoder, data.Text]:
     model = load_pretrained(args.model, device)
-    text = data.Text(args.model, model.eos_ids, args.marker)
+    text = data.Text(args.model, model.eos_ids, args.marker, date)
     if text.chat is None:
         say(f"{args.model} has no chat template: prompts are plain text")
     if text.vocab_size > model.config.vocab_size:
@@ -281,7 +281,8 @@ def load_data(args, text: data.Text, context: int):
 
 def read_response(text: data.Text, prompt: list[int], response: list[int]):
     """Return the trace of a response, and its answer or None."""
-    return prg.Trace(*text.parse(prompt, response)), text.answer(response)
+    fields, answer = text.parse(prompt, response)
+    return prg.Trace(*fields), answer
 
 
 # -----------------------------------------------------------------------------
@@ -739,8 +740,8 @@ def train_toy_base(folder: Path, device: torch.device):
         traces = []
         for _ in range(64):
             record = toy.record(rng, careless=True)
-            prompt = text.prompt(record["prompt"])
-            response = text.response(record["reasoning"], record["answer"])
+            prompt = text.encode_prompt(record["prompt"])
+            response = text.encode_response(record["reasoning"], record["answer"])
             traces.append(read_response(text, prompt, response)[0])
         batch, = prg.pack(traces, copies=False, tokens=2**20, device=device)
         hytuning.distillation_loss(policy(batch), batch.mask).backward()
