@@ -5,8 +5,9 @@ A *trace* is a prompt, K reasoning steps and an answer that follows a marker suc
 follows directly after the first k steps. *PRG* is the gain in support from p_0 to p_K, multiplied
 by the steadiness of that gain. The calibration measures compare confidence with correctness.
 
-The last part of the file computes the support in one pass instead of K+1. You do not need it to use
-PRG in your own code. This file is self-contained; copy it freely. Read train.py next.
+Read this file down to "the same in one pass", which computes the support in one pass in place of
+K + 1 and is not needed to use PRG in your own code. Then read `Trainer.step` in train.py. This file
+is self-contained; copy it freely.
 
 SPDX-License-Identifier: MIT
 """
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 
 # -----------------------------------------------------------------------------
@@ -23,16 +23,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass
 class Trace:
-    """Token ids of a prompt and a response, and the positions at which the response is divided.
+    """A prompt and a response as one list of token ids, and the positions that divide the response.
 
-        tokens[:cuts[0]]                      the prompt
-        tokens[cuts[k - 1]:cuts[k]]           reasoning step k, for k = 1..K
-        tokens[cuts[K]:answer_start]          the marker
-        tokens[answer_start:answer_end]       the answer; if it is empty, the trace has no answer
-        tokens[answer_end:]                   what follows, such as an end token
+        prompt      tokens[:cuts[0]]
+        step k      tokens[cuts[k - 1]:cuts[k]], for k = 1..K
+        marker      tokens[cuts[K]:answer_start]
+        answer      tokens[answer_start:answer_end]; if it is empty, the trace has no answer
+        response    tokens[cuts[0]:], which may end in tokens after the answer
 
-    answer_end defaults to the end of the tokens. Raises ValueError if there are no cuts, the prompt
-    is empty, or the positions decrease or exceed the number of tokens.
+    answer_end defaults to the end of the tokens. Raises ValueError if the tokens are not a list, or
+    if there are no cuts, the prompt is empty, or the positions decrease or exceed the tokens.
     """
     tokens: list[int]
     cuts: list[int]
@@ -40,30 +40,18 @@ class Trace:
     answer_end: int | None = None
 
     def __post_init__(self):
+        if not isinstance(self.tokens, list):
+            raise ValueError("tokens must be a list of integers: call tolist() on a tensor")
         if self.answer_end is None:
             self.answer_end = len(self.tokens)
         bounds = [1, *self.cuts, self.answer_start, self.answer_end, len(self.tokens)]
         if not self.cuts or bounds != sorted(bounds):
-            raise ValueError(f"there must be at least one cut, and cuts {self.cuts}, answer_start "
-                             f"{self.answer_start} and answer_end {self.answer_end} must be "
-                             "non-decreasing and lie between 1 and the number of tokens, "
-                             f"{len(self.tokens)}")
-
-    @property
-    def prompt(self) -> list[int]:
-        return self.tokens[:self.cuts[0]]
-
-    @property
-    def response(self) -> list[int]:
-        return self.tokens[self.cuts[0]:]
-
-    @property
-    def marker(self) -> list[int]:
-        return self.tokens[self.cuts[-1]:self.answer_start]
-
-    @property
-    def answer(self) -> list[int]:
-        return self.tokens[self.answer_start:self.answer_end]
+            raise ValueError("there must be at least one cut, and 1 <= cuts <= answer_start <= "
+                             f"answer_end <= number of tokens, but these are {bounds}")
+        self.prompt = self.tokens[:self.cuts[0]]
+        self.marker = self.tokens[self.cuts[-1]:self.answer_start]
+        self.answer = self.tokens[self.answer_start:self.answer_end]
+        self.response = self.tokens[self.cuts[0]:]
 
 
 # -----------------------------------------------------------------------------
@@ -76,9 +64,12 @@ def answer_support(model, traces: list[Trace]) -> tuple[Tensor, Tensor]:
         p_k = exp(mean_t log pi(y_t | x, s_1..s_k, marker, y_<t))
 
     where x is the prompt, s are the steps and y is the answer. The mask is True for the k that a
-    trace has; without an answer it is all False. Where it is False, the support is 0. `model` is
-    any callable from ids [1, T], on the CPU, to logits [1, T, V]. It is called K+1 times for each
-    trace; `packed_support` below gives the same result faster. The formula is this project's own.
+    trace has; without an answer it is all False. Where it is False, the support is 0.
+
+    `model` is a callable from ids [1, T], on the CPU, to logits [1, T, V], for example
+    `lambda ids: model(ids).logits` for a model of `transformers`. It is called K+1 times for each
+    trace; `packed_support` below gives the same result faster. Raises TypeError if it does not
+    return a tensor. The formula is this project's own.
     """
     width = max((len(trace.cuts) for trace in traces), default=1)
     support = torch.zeros(len(traces), width)
@@ -88,12 +79,13 @@ def answer_support(model, traces: list[Trace]) -> tuple[Tensor, Tensor]:
             continue
         for k, cut in enumerate(trace.cuts):
             ids = torch.tensor([trace.tokens[:cut] + trace.marker + trace.answer])
-            # The logits at a position predict the token after it.
+            logits = model(ids)
+            if not isinstance(logits, Tensor):
+                raise TypeError("model must return logits: pass `lambda ids: model(ids).logits`")
             n = len(trace.answer)
-            logits = model(ids)[0, -n - 1:-1].float()  # [n, V]
-            answer = ids[0, -n:, None].to(logits.device)  # [n, 1]
-            logprobs = logits.log_softmax(-1).gather(1, answer)
-            support[b, k] = logprobs.mean().exp()
+            # The logits at a position predict the token after it.
+            logprobs = logits[0, -n - 1:-1].float().cpu().log_softmax(-1)  # [n, V]
+            support[b, k] = logprobs.gather(1, ids[0, -n:, None]).mean().exp()
             mask[b, k] = True
     return support, mask
 
@@ -119,7 +111,11 @@ def progressive_reasoning_gain(support: Tensor, mask: Tensor) -> Tensor:
 
 
 def final_support(support: Tensor, mask: Tensor) -> Tensor:
-    """Return the final support p_K [B], the model's confidence in its answer, or 0 without one."""
+    """Return the final support p_K [B], the model's confidence in its answer, or 0 without one.
+
+    The support is a mean over tokens, and the last tokens of a long answer often follow from its
+    first ones. Long answers therefore look more certain than short ones.
+    """
     last = (mask.sum(-1) - 1).clamp(min=0)
     return (support * mask).gather(-1, last[:, None])[:, 0]
 
@@ -130,11 +126,11 @@ def final_support(support: Tensor, mask: Tensor) -> Tensor:
 def reliability(confidence, correct, bins: int = 10) -> list[tuple[float, float, int]]:
     """Return (mean confidence, accuracy, number of items) of each nonempty bin of confidence.
 
-    confidence [N] in [0, 1], correct [N] bool or 0/1; the bins have equal width. For a calibrated
-    model the first two numbers agree. This function and the three below raise ValueError if the
-    lengths differ or a value is outside its range or NaN.
+    confidence [N] is in [0, 1], correct [N] is bool or 0/1, and the bins have equal width. For a
+    calibrated model the first two numbers agree.
     """
-    confidence, correct = as_columns(confidence, correct)
+    confidence = torch.as_tensor(confidence, dtype=torch.double)
+    correct = torch.as_tensor(correct, dtype=torch.double)
     bin_of = (confidence * bins).long().clamp(max=bins - 1)
     rows = []
     for b in bin_of.unique():
@@ -149,17 +145,16 @@ def expected_calibration_error(confidence, correct, bins: int = 10) -> float:
 
     It is NaN if there is no data. The measure is from Guo et al., arXiv 1706.04599.
     """
-    total = 0
     error = 0.0
     for mean_confidence, accuracy, count in reliability(confidence, correct, bins):
-        total += count
         error += count * abs(mean_confidence - accuracy)
-    return error / total if total else math.nan
+    return error / len(confidence) if len(confidence) else math.nan
 
 
 def brier_score(confidence, correct) -> float:
     """Return the mean of (confidence - correct)^2, or NaN without data. 0 is best. Brier (1950)."""
-    confidence, correct = as_columns(confidence, correct)
+    confidence = torch.as_tensor(confidence, dtype=torch.double)
+    correct = torch.as_tensor(correct, dtype=torch.double)
     return (confidence - correct).square().mean().item()
 
 
@@ -167,27 +162,15 @@ def auroc(confidence, correct) -> float:
     """Return the probability that a correct item has more confidence than a wrong one.
 
     Ties count half, so chance gives 0.5. The result is NaN if all items are correct or all are
-    wrong. It is computed from ranks (the Mann-Whitney statistic).
+    wrong. It is the Mann-Whitney statistic divided by the number of pairs.
     """
-    confidence, correct = as_columns(confidence, correct)
-    values, rank_of = confidence.unique(return_inverse=True)
-    count = torch.bincount(rank_of, minlength=len(values)).double()
-    # Ranks start at 1, and equal values share their mean rank.
-    rank = (count.cumsum(0) - (count - 1) / 2)[rank_of]
-    right = correct.sum()
-    wrong = len(correct) - right
-    return ((rank @ correct - right * (right + 1) / 2) / (right * wrong)).item()
-
-
-def as_columns(confidence, correct) -> tuple[Tensor, Tensor]:
-    """Return both as float64 tensors [N] on the CPU, or raise ValueError as in `reliability`."""
-    confidence = torch.as_tensor(confidence, dtype=torch.double).cpu().flatten()
-    correct = torch.as_tensor(correct, dtype=torch.double).cpu().flatten()
-    if len(confidence) != len(correct) or not ((correct == 0) | (correct == 1)).all():
-        raise ValueError("correct must hold one 0 or 1 for each confidence")
-    if not ((confidence >= 0) & (confidence <= 1)).all():
-        raise ValueError("confidence must lie in [0, 1]")
-    return confidence, correct
+    confidence = torch.as_tensor(confidence, dtype=torch.double)
+    correct = torch.as_tensor(correct, dtype=torch.double)
+    right = confidence[correct == 1]
+    wrong = confidence[correct == 0].sort().values
+    less = torch.searchsorted(wrong, right)  # how many wrong items have less confidence
+    less_or_equal = torch.searchsorted(wrong, right, right=True)
+    return ((less + less_or_equal).double().mean() / 2 / len(wrong)).item()
 
 
 # -----------------------------------------------------------------------------
@@ -205,20 +188,16 @@ def as_columns(confidence, correct) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Segment:
-    """Consecutive tokens of a row: a prompt, a response or a copy.
+    """Consecutive tokens of a row: a prompt, a response, its reasoning or a copy.
 
-    The inputs of a response or a copy begin with the token before it and leave out its last token.
-    The last len(targets) inputs predict the targets.
+    The inputs begin with the token before a response or a copy and leave out its last token, so the
+    last len(targets) inputs predict the targets.
     """
     inputs: list[int]
-    position: int  # the position of the first input in its text
-    owner: int  # the index of the trace, or PROMPT or PADDING
-    copy: int = 0  # k + 1 for the copy after k steps, 0 for everything else
+    position: int = 0  # the position of the first input in its text
+    trace: int | None = None  # the index of the trace
+    cut: int | None = None  # k for the copy after k steps, None for everything else
     targets: list[int] | None = None
-
-
-PROMPT = -1
-PADDING = -2
 
 
 def make_segments(trace: Trace, index: int, copies: bool) -> list[Segment]:
@@ -229,24 +208,34 @@ def make_segments(trace: Trace, index: int, copies: bool) -> list[Segment]:
     start = trace.cuts[0] - 1
     if not copies:
         return [Segment(tokens[start:-1], start, index, targets=trace.response)]
-    segments = [Segment(tokens[start:trace.cuts[-1] - 1], start, index)]
-    for k, cut in enumerate(trace.cuts):
-        inputs = [tokens[cut - 1]] + trace.marker + trace.answer[:-1]
-        segments.append(Segment(inputs, cut - 1, index, copy=k + 1, targets=trace.answer))
+    segments = [Segment(tokens[start:trace.cuts[-1] - 1], start)]
+    for k, end in enumerate(trace.cuts):
+        inputs = [tokens[end - 1]] + trace.marker + trace.answer[:-1]
+        segments.append(Segment(inputs, end - 1, index, k, trace.answer))
     return segments
+
+
+def count_slots(row: list[Segment]) -> int:
+    return sum(len(segment.inputs) for segment in row)
 
 
 @dataclass
 class Packed:
-    """A batch of B rows of W slots, with n targets (responses or answers) of up to T tokens."""
+    """A batch of B rows of W slots, with n targets (responses or answers) of M tokens in all."""
     input_ids: Tensor  # [B, W]
     position_ids: Tensor  # [B, W]
     attention_mask: Tensor | None  # [B, 1, W, W] bool, True where a query sees a key; None: causal
-    trace: Tensor  # [n] the index of the trace of each target
-    cut: Tensor  # [n] the number of steps before a copied answer; 0 for a response
-    slots: Tensor  # [n, T] where each token of a target is predicted, in the flattened [B x W]
-    targets: Tensor  # [n, T] the tokens to be predicted
-    mask: Tensor  # [n, T] bool, False in the padding
+    slots: Tensor  # [M] where each token of the targets is predicted, in the flattened [B x W]
+    targets: Tensor  # [M] the tokens to be predicted, one target after the other
+    lengths: list[int]  # [n] the number of tokens of each target
+    trace: list[int]  # [n] the index of the trace of each target
+    cut: list[int | None]  # [n] k for the answer after k steps, None for a response
+
+    def pad(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return values [M] as a table [n, T] with a row for each target, and its mask."""
+        lengths = torch.tensor(self.lengths, device=values.device)
+        mask = torch.arange(max(self.lengths), device=values.device) < lengths[:, None]
+        return values.new_zeros(mask.shape).masked_scatter(mask, values), mask
 
 
 def pack(traces: list[Trace], copies: bool, tokens: int = 2048, width: int = 1024,
@@ -259,83 +248,61 @@ def pack(traces: list[Trace], copies: bool, tokens: int = 2048, width: int = 102
     that needs more gets a row of its own.
     """
     rows = []
-    widths = []
-    row_prompt = None  # the prompt of the last row
+    prompt = None  # the prompt of the last row
     for index, trace in enumerate(traces):
         if copies and not trace.answer:
             continue
         segments = make_segments(trace, index, copies)
-        size = sum(len(segment.inputs) for segment in segments)
-        if trace.prompt != row_prompt or widths[-1] + size > width:
+        if trace.prompt != prompt or count_slots(rows[-1] + segments) > width:
             # The prompt's last token is the first input of each response.
-            rows.append([Segment(trace.prompt[:-1], 0, PROMPT)])
-            widths.append(len(trace.prompt) - 1)
-            row_prompt = trace.prompt
+            prompt = trace.prompt
+            rows.append([Segment(prompt[:-1])])
         rows[-1] += segments
-        widths[-1] += size
 
     # A batch is as wide as its widest row, so rows of similar width go together.
-    order = sorted(range(len(rows)), key=lambda row: -widths[row])
+    rows.sort(key=count_slots, reverse=True)
     batches = []
-    while order:
-        count = max(1, tokens // max(round_up(widths[order[0]]), 1))
-        batches.append(lay_out([rows[row] for row in order[:count]], device))
-        order = order[count:]
+    while rows:
+        W = -(-count_slots(rows[0]) // 8) * 8  # CUDA's attention kernels want a multiple of 8
+        B = max(1, tokens // W)
+        batches.append(lay_out(rows[:B], W, device))
+        rows = rows[B:]
     return batches
 
 
-def lay_out(rows: list[list[Segment]], device=None) -> Packed:
-    """Turn rows of segments into the tensors of a batch."""
-    sizes = [sum(len(segment.inputs) for segment in row) for row in rows]
-    width = round_up(max(sizes))
-    ids, position, start, owner, copy = [], [], [], [], []  # one number for each slot
-    traces, cuts, slots, targets = [], [], [], []  # one entry for each target
-    for row, size in zip(rows, sizes):
-        padding = Segment([0] * (width - size), 0, PADDING)
-        for segment in [*row, padding]:
-            n = len(segment.inputs)
+def lay_out(rows: list[list[Segment]], W: int, device) -> Packed:
+    """Turn rows of segments into the tensors of a batch that is W slots wide."""
+    ids, positions = [], []  # of each slot
+    predicted, slots, targets = [], [], []  # the segments with targets, and two fields of Packed
+    sees = torch.zeros(len(rows), W, W, dtype=torch.bool)  # [B, query, key]
+    for b, row in enumerate(rows):
+        P = len(row[0].inputs)
+        sees[b, :, :P] = True  # the prompt
+        end = 0
+        for segment in [*row, Segment([0] * (W - count_slots(row)))]:  # the last one is padding
+            start = end
+            end += len(segment.inputs)
             ids += segment.inputs
-            position += range(segment.position, segment.position + n)
-            start += [segment.position] * n
-            owner += [segment.owner] * n
-            copy += [segment.copy] * n
+            positions += range(segment.position, segment.position + end - start)
+            sees[b, start:end, start:end] = True
+            if segment.cut is None:
+                reasoning = start
+            else:  # a copy also sees the reasoning before its cut
+                sees[b, start:end, reasoning:reasoning + segment.position - P] = True
             if segment.targets:
-                traces.append(segment.owner)
-                cuts.append(max(segment.copy - 1, 0))
-                slots.append(torch.arange(len(ids) - len(segment.targets), len(ids)))
-                targets.append(torch.tensor(segment.targets))
-
-    table = torch.tensor([ids, position, start, owner, copy], device=device)
-    ids, position, start, owner, copy = table.view(5, len(rows), width)  # [B, W] each
+                predicted.append(segment)
+                slots += range(len(ids) - len(segment.targets), len(ids))
+                targets += segment.targets
     attention_mask = None
     # If each row is one prompt and one response, causal attention is right without a mask.
     if any(len(row) > 2 for row in rows):
-        attention_mask = tree_mask(position, start, owner, copy)
-    mask = pad_sequence([torch.ones(len(x), dtype=torch.bool) for x in targets], batch_first=True)
-    return Packed(ids, position, attention_mask, torch.tensor(traces, device=device),
-                  torch.tensor(cuts, device=device),
-                  pad_sequence(slots, batch_first=True).to(device),
-                  pad_sequence(targets, batch_first=True).to(device), mask.to(device))
-
-
-def round_up(width: int) -> int:
-    """Round up to a multiple of 8, the alignment of masks in CUDA's attention kernels."""
-    return -(-width // 8) * 8
-
-
-def tree_mask(position: Tensor, start: Tensor, owner: Tensor, copy: Tensor) -> Tensor:
-    """Return which keys (last axis) each query sees, [B, 1, W, W] bool, from [B, W] of each slot.
-
-    A slot sees itself and the slots before it in the prompt and in its own segment. A copy also
-    sees the reasoning before its cut.
-    """
-    query = (slice(None), slice(None), None)  # x[query] is [B, W, 1]
-    key = (slice(None), None, slice(None))  # x[key] is [B, 1, W]
-    same_owner = owner[query] == owner[key]
-    same_segment = same_owner & (copy[query] == copy[key])
-    before_cut = same_owner & (copy[key] == 0) & (position[key] < start[query])
-    earlier = torch.ones_like(same_owner[0]).tril()
-    return (earlier & ((owner[key] == PROMPT) | same_segment | before_cut))[:, None]
+        attention_mask = sees.tril()[:, None].to(device)
+    ids, positions = torch.tensor([ids, positions], device=device).view(2, len(rows), W)
+    slots, targets = torch.tensor([slots, targets], device=device)
+    return Packed(ids, positions, attention_mask, slots, targets,
+                  lengths=[len(segment.targets) for segment in predicted],
+                  trace=[segment.trace for segment in predicted],
+                  cut=[segment.cut for segment in predicted])
 
 
 @torch.no_grad()
@@ -353,14 +320,12 @@ def packed_support(model, traces: list[Trace], tokens: int = 2048, device=None):
     mask = torch.zeros(len(traces), width, dtype=torch.bool, device=device)
     for batch in pack(traces, copies=True, tokens=tokens, device=device):
         hidden = model.hidden_states(batch.input_ids, batch.position_ids, batch.attention_mask)
-        hidden = hidden.flatten(0, 1)[batch.slots[batch.mask]]  # [tokens of answers, D]
-        targets = batch.targets[batch.mask][:, None]
+        hidden = hidden.flatten(0, 1)[batch.slots]  # [M, D]
         logprobs = []
         # Compute the logits of 512 tokens at a time, to save memory.
-        for h, target in zip(hidden.split(512), targets.split(512)):
-            logprobs.append(model.logits(h).log_softmax(-1).gather(1, target)[:, 0])
-        table = torch.zeros(batch.mask.shape, device=device)
-        table[batch.mask] = torch.cat(logprobs).float()
-        support[batch.trace, batch.cut] = (table.sum(1) / batch.mask.sum(1)).exp()
+        for h, target in zip(hidden.split(512), batch.targets.split(512)):
+            logprobs.append(model.logits(h).log_softmax(-1).gather(1, target[:, None])[:, 0])
+        table, in_answer = batch.pad(torch.cat(logprobs).float())  # [n, T] each
+        support[batch.trace, batch.cut] = (table.sum(1) / in_answer.sum(1)).exp()
         mask[batch.trace, batch.cut] = True
     return support, mask
