@@ -295,14 +295,12 @@ class Policy(nn.Module):
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, batch: prg.Packed) -> Tensor:
-        """Return log pi of each token of n responses, [n, T], with 0 in the padding."""
+    def forward(self, batch: prg.Packed) -> tuple[Tensor, Tensor]:
+        """Return log pi of each token of n responses, [n, T] with 0 in the padding, and the mask."""
         hidden = self.decoder.hidden_states(batch.input_ids, batch.position_ids,
                                             batch.attention_mask)  # [B, W, D]
-        hidden = hidden.flatten(0, 1)[batch.slots[batch.mask]]  # [tokens of responses, D]
-        targets = batch.targets[batch.mask]
-        logprobs = hytuning.head_logprobs(hidden, self.decoder.logits, targets)
-        return logprobs.new_zeros(batch.mask.shape).masked_scatter(batch.mask, logprobs)
+        hidden = hidden.flatten(0, 1)[batch.slots]  # [tokens of responses, D]
+        return batch.pad(hytuning.head_logprobs(hidden, self.decoder.logits, batch.targets))
 
 
 # A process without data runs this trace with weight 0, so that DDP has a backward pass there.
@@ -342,8 +340,7 @@ class Trainer:
         self.anchor = None
         self.v = torch.zeros(0, device=self.device)
         if self.traces:
-            support, mask = self.measure_support(self.judge, self.traces)
-            PRG = prg.progressive_reasoning_gain(support, mask)  # [n]
+            PRG = self.compute_prg(self.traces)  # [n]
             self.anchor = PRG.mean().item()
             self.v = hytuning.trace_weights(args.method, PRG, self.anchor, args.tau)
 
@@ -363,8 +360,7 @@ class Trainer:
         clock.append(self.now())
 
         # 2. Compute the PRG of each rollout under the frozen starting model.
-        support, mask = self.measure_support(self.judge, rollouts)  # [N, K_max+1] each
-        PRG = prg.progressive_reasoning_gain(support, mask)  # [N]
+        PRG = self.compute_prg(rollouts)  # [N]
         clock.append(self.now())
 
         # 3. to 5. Compute w, r, e, A and lambda. To try another reward, change `learning_signals`.
@@ -419,15 +415,15 @@ class Trainer:
             self.policy.require_backward_grad_sync = i == len(batches) - 1
             with self.autocast():
                 # Call the DDP wrapper, since self.policy.module would not synchronize gradients.
-                logprobs = self.policy(batch)  # [n, T]
+                logprobs, mask = self.policy(batch)  # [n, T] each
             # Losses are divided by global counts, so they add up over batches and processes.
             L_RD = torch.zeros(1, device=self.device)
             L_RLIF = torch.zeros(1, device=self.device)
             if i < len(rd_batches):
-                mask = v[batch.trace, None] * batch.mask
+                mask = v[batch.trace, None] * mask
                 L_RD = hytuning.distillation_loss(logprobs, mask, tokens)
             else:
-                L_RLIF = hytuning.rlif_loss(logprobs, batch.mask, A[batch.trace], N_all)
+                L_RLIF = hytuning.rlif_loss(logprobs, mask, A[batch.trace], N_all)
             # DDP averages gradients over processes. The factor turns the average into a sum.
             (hytuning.hytuning_loss(L_RD, L_RLIF, lam) * self.world_size).backward()
             total_RD += L_RD.detach()
@@ -494,12 +490,16 @@ class Trainer:
                                                self.device)
         return support.double(), mask
 
+    def compute_prg(self, traces) -> Tensor:
+        """Return the PRG [N] of traces under the frozen starting model."""
+        return prg.progressive_reasoning_gain(*self.measure_support(self.judge, traces))
+
     def pack(self, traces) -> list[prg.Packed]:
         return prg.pack(traces, copies=False, tokens=self.args.tokens_per_batch, device=self.device)
 
     def autocast(self):
-        is_used = self.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_used)
+        return torch.autocast(self.device.type, torch.bfloat16,
+                              enabled=self.dtype == torch.bfloat16)
 
     def column(self, values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.double, device=self.device)
@@ -744,7 +744,8 @@ def train_toy_base(folder: Path, device: torch.device):
             response = text.encode_response(record["reasoning"], record["answer"])
             traces.append(read_response(text, prompt, response)[0])
         batch, = prg.pack(traces, copies=False, tokens=2**20, device=device)
-        hytuning.distillation_loss(policy(batch), batch.mask).backward()
+        logprobs, mask = policy(batch)
+        hytuning.distillation_loss(logprobs, mask, mask.sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
