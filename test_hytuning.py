@@ -1630,7 +1630,7 @@ def test_an_evaluation_matches_its_definition_for_any_batch_size(trainer_for):
         votes.append((fraction, data.answers_match(winner, gold)))
     p, right, PRG = zip(*samples)
     n = len(samples)
-    assert 0 < sum(right) < n < 36 and len(wins) > 9, "or nothing was tested"
+    assert 0 < sum(right) < n < 36 and len(wins) > 3, "or nothing was tested"
     expected = {"queries": 12, "samples": 36, "answered": n / 36, "prg": sum(PRG) / n,
                 "prg_wins": sum(wins) / len(wins), "prg_pairs": len(wins),
                 "reliability": prg.reliability(p, right)}
@@ -1695,36 +1695,37 @@ def test_results_are_printed_as_a_table_and_diagrams_to_scale(capsys):
 def test_examples_show_support_or_why_there_is_no_answer(trainer_for, capsys):
     text = trainer_for().text
     prompt = text.encode_prompt("Findings:")
-    whole = text.encode_response("1 suggests", "2")
-    vote = {"answer": "2", "right": True, "confidence": 0.5}
+    name = data.Triage().conditions[0]
+    whole = text.encode_response("1 suggests", name)
+    vote = {"answer": name, "right": True, "confidence": 0.5}
     found = []
     for response in (whole, whole[:-1], text.encode("1 suggests", after="\n") + [text.end]):
         trace, answer = train.read_response(text, prompt, response)
         sample = {"answer": answer, "right": True, "prg": 0.25, "trace": trace,
                   "support": [0.25, 0.5]}
-        found.append({"question": "Which?", "gold": "2", "samples": [sample] * 2, "vote": vote})
+        found.append({"question": "Which?", "gold": name, "samples": [sample] * 2, "vote": vote})
     capsys.readouterr()
     train.print_examples(text, found)
-    assert capsys.readouterr().out == """
+    assert capsys.readouterr().out == f"""
 Which?
   sample 1 of 2:
   p = 0.25 #####                (before any step)
   p = 0.50 ##########           1 suggests
-  answer: 2 (right); PRG 0.250
-  majority: 2 (1 of 2 samples); right answer: 2
+  answer: {name} (right); PRG 0.250
+  majority: {name} (1 of 2 samples); right answer: {name}
 
 Which?
   sample 1 of 2:
   1 suggests
-Answer: 2
+Answer: {name}
   (no answer: cut off at --max_new_tokens)
-  majority: 2 (1 of 2 samples); right answer: 2
+  majority: {name} (1 of 2 samples); right answer: {name}
 
 Which?
   sample 1 of 2:
   1 suggests
   (no answer: there is none behind a marker)
-  majority: 2 (1 of 2 samples); right answer: 2
+  majority: {name} (1 of 2 samples); right answer: {name}
 """
 
 
@@ -1790,7 +1791,7 @@ def test_an_invalid_run_is_refused_before_it_writes(
 def test_an_error_is_one_line_and_has_status_2(tmp_path):
     done = run(tmp_path, train.__file__, "--eval_only", "--model", "nowhere", "--eval", "a.jsonl")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: nowhere/config.json")
+    assert done.stderr.startswith("error: nowhere cannot be loaded")
 
 
 def content_of(folder) -> dict:
