@@ -11,12 +11,13 @@ running over the rollouts to the same query that give the same answer:
     e_j = (1/G) sum_{i~j} w_i                                    earned share: weighted votes
     A_j = (r_j - mean of the group) / (std of the group + 1e-4)  advantage
 
-    lambda_q = mean of e over the group of query q               share of RLIF for this query
-    lambda   = mean of lambda_q over all queries                 share of RLIF in all
+    lambda_q = mean of e over the group of query q
+    lambda   = mean of lambda_q over all queries
     A_j      is multiplied by lambda_q / lambda
     L        = (1 - lambda) L_RD + lambda L_RLIF                 loss
 
-A query counts in RLIF in proportion to lambda_q, and RD has the remaining share 1 - lambda.
+So a query counts in RLIF in proportion to lambda_q, and RD counts more while the rollouts disagree
+or their PRG is below that of the traces.
 
 PRG (see prg.py) measures how much and how steadily the reasoning raises the probability of the
 answer. The anchor a is the mean PRG of the supervised traces. Since traces may also be wrong, each
@@ -71,8 +72,8 @@ def pool_by_answer(values: Tensor, answers: Tensor, group_size: int) -> Tensor:
     """Return, for each rollout, (1/G) sum of values over the rollouts of its group with its answer.
 
     values [N] and answers [N] (integers; equal numbers within a group mean equal answers) list the
-    groups one after the other; the result is [N]. If all values are 1, it is the share of votes for
-    the rollout's answer (TTRL, arXiv 2504.16084, rewards the majority answer). Pooling helps
+    groups one after the other; the result is [N]. If all values are 1, it is the fraction of the
+    group that gives the answer (TTRL, arXiv 2504.16084, rewards the majority answer). Pooling helps
     because the PRG of one rollout is weak evidence, while several with one answer are stronger.
     """
     x = values.detach().view(-1, group_size)  # [Q, G]
@@ -85,11 +86,8 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
     """Return A_j = (r_j - mean) / (std + 1e-4), [N], in each group of consecutive rewards [N].
 
     The formula is GRPO's (arXiv 2402.03300), with 1e-4 added. If all rewards of a group are equal,
-    its advantages are exactly 0. Raises ValueError if the rewards do not form whole groups.
+    its advantages are exactly 0.
     """
-    if len(rewards) % group_size:
-        raise ValueError(f"{len(rewards)} rewards do not form whole groups of {group_size}: give a "
-                         "multiple of it")
     r = rewards.detach().view(-1, group_size)
     # Subtract the first reward, so that equal rewards give exactly 0 despite rounding.
     r = r - r[:, :1]
@@ -108,8 +106,8 @@ def learning_signals(method: str, certainty: Tensor, prg: Tensor | None, answers
 
     The groups of `group_size` rollouts follow one another. certainty [N] is c. answers [N] are
     integers: equal where two rollouts of a group give the same answer, -1 where a rollout has no
-    answer. Only hytuning and support use prg [N] and the anchor a; for support they are p_K and its
-    mean over the traces. Raises ValueError for an unknown method. Then call `weigh_queries`.
+    answer. Only hytuning uses prg [N], the PRG of the rollouts, and the anchor a. Raises ValueError
+    for an unknown method. Then call `weigh_queries`.
     """
     c = certainty
     if method == "rd":
@@ -124,19 +122,16 @@ def learning_signals(method: str, certainty: Tensor, prg: Tensor | None, answers
         # The reward is the same, and RD and RLIF have equal weight.
         r = c
         e = torch.full_like(c, 0.5)
-    elif method == "votes":
-        # Each rollout has one vote: the certainty of all rollouts with the same answer is pooled.
+    elif method in ("votes", "hytuning"):
+        # The certainty of all rollouts with the same answer is pooled. In `votes`, each rollout has
+        # one vote; in `hytuning`, its vote is multiplied by its weight.
         w = (answers >= 0).to(c.dtype)
-        r = pool_by_answer(w * c, answers, group_size)
-        e = pool_by_answer(w, answers, group_size)
-    elif method in ("hytuning", "support"):
-        # The same, but each vote is multiplied by its weight w.
-        w = (answers >= 0) * adaptive_weights(prg, anchor, tau)
+        if method == "hytuning":
+            w = w * adaptive_weights(prg, anchor, tau)
         r = pool_by_answer(w * c, answers, group_size)
         e = pool_by_answer(w, answers, group_size)
     else:
-        raise ValueError(f"there is no method {method!r}: use rd, rlif, static, votes, support or "
-                         "hytuning")
+        raise ValueError(f"there is no method {method!r}: use rd, rlif, static, votes or hytuning")
     return group_advantages(r, group_size), e
 
 
@@ -150,61 +145,45 @@ def weigh_queries(advantages: Tensor, earned: Tensor, lam: float, group_size: in
     return advantages * lam_q / max(lam, 1e-9)
 
 
-def choose_evidence(method: str, prg: Tensor, p_K: Tensor) -> Tensor:
-    """Return the numbers [N] that give the weights: PRG or, for the control `support`, p_K.
-
-    Unlike PRG, the final support p_K does not say whether the reasoning has raised the support.
-    """
-    return p_K if method == "support" else prg
-
-
 def trace_weights(method: str, prg: Tensor, anchor: float, tau: float = 0.5) -> Tensor:
-    """Return the weights v [n] of the supervised traces in L_RD (mean 1), from PRG or p_K [n]."""
-    w = torch.ones_like(prg)
-    if method in ("hytuning", "support"):
-        w = adaptive_weights(prg, anchor, tau)
+    """Return the weights v [n] of the supervised traces in L_RD (mean 1), from their PRG [n]."""
+    if method != "hytuning":
+        return torch.ones_like(prg)
+    w = adaptive_weights(prg, anchor, tau)
     return w / w.mean()
 
 
 # -----------------------------------------------------------------------------
 # losses
 
-def distillation_loss(logprobs: Tensor, mask: Tensor, tokens=None) -> Tensor:
+def distillation_loss(logprobs: Tensor, mask: Tensor, tokens) -> Tensor:
     """Return L_RD = -sum(mask * log pi(token)) / tokens, a mean negative log-likelihood in nats.
 
     logprobs [B, T] are those of the supervised traces. mask [B, T] is 1 (or the weight v of the
-    trace) for response tokens and 0 for padding. The divisor `tokens` defaults to mask.sum(); pass
-    the number of tokens of the whole batch if this is only a part of it.
+    trace) for response tokens and 0 for padding. `tokens` is the number of response tokens, also of
+    those in the other parts if this is a part of a batch.
     """
-    if tokens is None:
-        tokens = mask.sum()
     return -(logprobs * mask).sum() / tokens
 
 
-def rlif_loss(logprobs: Tensor, mask: Tensor, advantages: Tensor, rollouts=None) -> Tensor:
+def rlif_loss(logprobs: Tensor, mask: Tensor, advantages: Tensor, rollouts) -> Tensor:
     """Return L_RLIF, whose gradient is that of -(1/rollouts) sum_j A_j mean_t log pi(token_jt).
 
     logprobs [B, T] are those of the rollouts, mask [B, T] is 1 for response tokens and 0 for
-    padding, and advantages are [B]. The divisor `rollouts` defaults to B; pass the number of
-    rollouts of the whole batch if this is only a part of it.
+    padding, and advantages are [B]. `rollouts` is B, or the number of rollouts of the whole batch
+    if this is a part of it.
 
     As in GRPO (arXiv 2402.03300), the ratio pi / pi_old stands in place of log pi. With one update
     for each batch of rollouts, it is 1, its gradient is that of log pi, and clipping has no effect.
     The *value* of the loss is therefore 0 for whole groups, but its gradient is not.
     """
-    if rollouts is None:
-        rollouts = len(logprobs)
     ratio = (logprobs - logprobs.detach()).exp()
-    gain = ratio * advantages.detach()[:, None]
-    per_rollout = (gain * mask).sum(1) / mask.sum(1).clamp(min=1)
-    return -per_rollout.sum() / rollouts
+    mean_ratio = (ratio * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B]
+    return -(advantages.detach() * mean_ratio).sum() / rollouts
 
 
 def hytuning_loss(rd: Tensor, rlif: Tensor, lam) -> Tensor:
-    """Return L = (1 - lambda) L_RD + lambda L_RLIF.
-
-    The weight of RD is large while the rollouts disagree or their PRG is below that of the traces.
-    """
+    """Return L = (1 - lambda) L_RD + lambda L_RLIF."""
     return (1 - lam) * rd + lam * rlif
 
 
@@ -218,13 +197,11 @@ def head_logprobs(hidden: Tensor, head, targets: Tensor) -> Tensor:
     the backward pass computes the logits of a chunk again. With a vocabulary of 150,000 the logits
     of a whole batch would take most of the memory.
     """
+    def chunk_logprobs(h, t):
+        return token_logprobs(head(h), t)
+
     chunk = 2048 if hidden.is_cuda else 512
     logprobs = []
     for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-        logprobs.append(checkpoint(chunk_logprobs, h, head, t, use_reentrant=False,
-                                   preserve_rng_state=False))
+        logprobs.append(checkpoint(chunk_logprobs, h, t, use_reentrant=False))
     return torch.cat(logprobs)
-
-
-def chunk_logprobs(hidden: Tensor, head, targets: Tensor) -> Tensor:
-    return token_logprobs(head(hidden), targets)
