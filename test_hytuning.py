@@ -1940,6 +1940,18 @@ def test_torchrun_names_the_process_that_died(worlds):
     assert re.search(r"rank\s*: 1 ", report) and "exitcode  : -9" in report
 
 
+def test_a_resumed_run_keeps_the_date_of_its_beginning(short_run):
+    """Chat templates may print the date, so prompts must not change overnight."""
+    dates = []
+    for day, more in (20, []), (21, ["--resume", "--steps", 2]), (22, []):
+        with patch.object(train, "datetime", wraps=datetime) as clock:
+            clock.now.return_value = datetime(2024, 5, day)
+            with patch.object(data, "Text", wraps=data.Text) as text:
+                short_run(*more)
+        dates.append(text.call_args.args[-1].day)
+    assert dates == [20, 20, 22]
+
+
 @pytest.mark.parametrize("more, changed", [
     (["--lr", 1], "--lr"), (["--seed", 1], "--seed"), ([], "labeled.jsonl"),
     ([], "model.safetensors"), ([], "tokenizer.json")])

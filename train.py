@@ -30,7 +30,6 @@ import signal
 import sys
 import time
 from datetime import datetime, timedelta
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +122,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--eval_samples", type=positive_int, default=8, help="samples per query (%(default)s)")
     add("--save_every", type=positive_int, default=20, help="steps between saves (%(default)s)")
     add("--show", type=int, default=3, help="examples to print at the end (%(default)s)")
-    add("--device", choices=("cpu", "cuda"), help="(cuda if there is a GPU)")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda: one GPU for each process (%(default)s)")
     add("--dtype", choices=("float32", "bfloat16"),
         help="data type of the forward pass (bfloat16 on a GPU, float32 on a CPU)")
     add("--tokens_per_batch", type=positive_int,
@@ -143,7 +143,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     for name in files_needed(args):
         if args.model and not getattr(args, name):
             parser.error(f"--{name} is missing: give a JSONL file")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for defaults in (REAL if args.model else TOY, CPU if args.device == "cpu" else GPU):
         for name, value in defaults.items():
             if getattr(args, name) is None:
@@ -158,17 +157,20 @@ def files_needed(args) -> tuple[str, ...]:
 
 
 def check_out(args):
-    """Raise UsageError if the run would overwrite one of its inputs, or what no run has written."""
+    """Raise UsageError if the run would overwrite one of its inputs, or files that no run wrote.
+
+    Every run begins with metrics.jsonl, so without it the other files are not from a run.
+    """
     out = Path(args.out).resolve()
-    written = ["metrics.jsonl", "checkpoint.pt", "eval.json", "model"]  # in this order
-    if args.eval_only:
-        written = ["eval_only.json"]
+    written = ["eval_only.json"]
+    if not args.eval_only:
+        written = ["metrics.jsonl", "checkpoint.pt", "eval.json", "model"]
     for name in written:
         for used in (args.model, args.labeled, args.unlabeled, args.eval):
             if used and Path(used).resolve().is_relative_to(out / name):
                 raise UsageError(f"{used} lies where the run writes {name}: use another --out")
-        if (out / name).exists() and not (out / written[0]).exists():
-            raise UsageError(f"{out / name} is not from a run, but would be replaced: use another "
+        if not (out / written[0]).exists() and (out / name).exists():
+            raise UsageError(f"{out / name} would be replaced, but is not from a run: use another "
                              "--out")
 
 
@@ -673,7 +675,7 @@ def describe_run(args) -> dict:
             with open(path, "rb") as file:
                 while chunk := file.read(2**20):
                     digest.update(chunk)
-            settings[str(path)] = digest.hexdigest()
+            settings[str(path)] = digest.hexdigest()[:16]
     return settings
 
 
@@ -762,9 +764,9 @@ def set_up_toy(args, rank: int, device: torch.device):
     if base.exists():
         say(f"using the toy in {base}: remove it to build it anew")
     if rank == 0 and not base.exists():
-        write_folder(base, partial(train_toy_base, device=device))
+        write_folder(base, lambda folder: train_toy_base(folder, device))
     if rank == 0 and not records.exists():
-        write_folder(records, partial(data.Triage().write_records, seed=args.seed))
+        write_folder(records, lambda folder: data.Triage().write_records(folder, args.seed))
     barrier()
     args.model = str(base)
     args.labeled = str(records / "labeled.jsonl")
@@ -804,7 +806,7 @@ def main(argv=None) -> bool:
         if "model" in run:
             trainer.restore(run)
         elif (out / "checkpoint.pt").exists():
-            say(f"the first save will replace the earlier run in {out}")
+            say(f"the first save will replace the earlier run in {out}, which --resume continues")
         if rank == 0:
             (out / "metrics.jsonl").write_text("".join(run["log"]))
         if held_out and run["base"] is None:
@@ -843,6 +845,8 @@ def train(trainer: Trainer, run: dict) -> bool:
         say(f"warning: the mean PRG of the supervised traces is only {trainer.anchor:.3f}: if "
             f"{args.model} has not learned the answer format, train it with --method rd first; if "
             "it has learned these traces by heart, use other traces")
+    size = 12 * sum(p.numel() for p in trainer.model.parameters())  # weights and two moments
+    say(f"a checkpoint of {size / 1e6:.0f} MB is saved every {args.save_every} steps")
     stopping = False
     bar = tqdm(total=args.steps, initial=trainer.steps_done, desc=args.method,
                disable=trainer.rank > 0 or None)  # None: shown on a terminal only
@@ -865,7 +869,7 @@ def train(trainer: Trainer, run: dict) -> bool:
                     f"{line['lambda']:.2f}, PRG of rollouts {show(line['prg_rollouts'])}, anchor "
                     f"{show(line['anchor'])}")
                 if line["answered"] == 0:
-                    say("warning: no rollout has a readable answer: raise --max_new_tokens or lower "
+                    say("warning: no rollout has a readable answer: raise --max_new_tokens, lower "
                         "--lr, or teach the format with --method rd first")
     return not stopping
 
