@@ -395,6 +395,8 @@ CHECKPOINTS = {
     "one key head": ("Llama", dict(num_key_value_heads=1)),
     "biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
     "llama3": ("Llama", dict(head_dim=16, rope_parameters=LLAMA3)),
+    "llama3, older config": ("Llama", dict(rope_parameters=LLAMA3)),
+    "older config": ("Llama", dict(rope_parameters=dict(rope_type="default", rope_theta=5e3))),
     "mistral": ("Mistral", dict(sliding_window=7)),
     "mistral, no window": ("Mistral", dict(sliding_window=None)), "qwen2": ("Qwen2", {}),
     "qwen2, window off": ("Qwen2", dict(use_sliding_window=False, sliding_window=5)),
@@ -441,32 +443,26 @@ def edit_json(path, **changes):
 @torch.no_grad()
 def test_the_decoder_matches_transformers_after_loading_and_saving(name, tmp_path):
     theirs = write_checkpoint(tmp_path / "theirs", *CHECKPOINTS[name])
+    if "older" in name:
+        rope = dict(CHECKPOINTS[name][1]["rope_parameters"])
+        edit_json(tmp_path / "theirs/config.json", rope_parameters=...,
+                  rope_theta=rope.pop("rope_theta"),
+                  rope_scaling={"type": rope.pop("rope_type"), **rope})
     ours = load_pretrained(tmp_path / "theirs")
     assert ours.config.context == WINDOWS.get(name, 256)
     n = min(40, ours.config.context)
     ids = IDS[:, :n]
     close(ours(ids), theirs(ids).logits, 1e-4)
-    prompts = [ids[0, :n // 3], ids[1, :1]]
-    how = dict(max_new_tokens=n - n // 3, do_sample=False, eos_token_id=None, pad_token_id=0)
-    greedy = [theirs.generate(p[None], attention_mask=torch.ones_like(p)[None], **how)[0, len(p):]
-              for p in prompts]
-    found = generate(ours, [p.tolist() for p in prompts], max_new_tokens=n - n // 3, temperature=0)
-    assert found == [[g.tolist()] for g in greedy]
+    prompts = [ids[0, :n // 3].tolist(), ids[1, :1].tolist()]
+    greedy = [theirs.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)).long(),
+                              max_new_tokens=n - n // 3, do_sample=False, eos_token_id=None,
+                              pad_token_id=0)[:, len(p):].tolist() for p in prompts]
+    assert generate(ours, prompts, max_new_tokens=n - n // 3, temperature=0) == greedy
     save_pretrained(ours, tmp_path / "ours")
     close(reopened(tmp_path / "ours")(ids).logits, theirs(ids).logits, 1e-5)
     if name in WINDOWS:
         ids = IDS[:, :n + 1]
         assert (ours(ids) - theirs(ids).logits).abs().max() > 1e-3, "or a longer one would fit"
-
-
-@pytest.mark.parametrize("rope", [dict(rope_type="default", rope_theta=5e3), LLAMA3])
-def test_an_older_config_gives_the_same_rope_frequencies(rope):
-    """An older config has `rope_theta` and `rope_scaling`, with `type` for `rope_type`."""
-    newer = {**vars(MODEL.config), "rope_parameters": rope}
-    scaling = {k.removeprefix("rope_"): v for k, v in rope.items() if k != "rope_theta"}
-    older = {**newer, "rope_parameters": None, "rope_theta": 5e3, "rope_scaling": scaling}
-    close(*[decoder.rope_frequencies(Config.from_dict(raw).rope_parameters, 8)
-            for raw in (older, newer)])
 
 
 @torch.no_grad()
@@ -539,7 +535,6 @@ BROKEN = [
     ("config.json", dict(quantization_config={"bits": 4}), "quantized"),
     ("config.json", dict(rope_parameters={"rope_type": "linear", "factor": 2.0}), "'linear'"),
     ("config.json", dict(rope_parameters=..., rope_scaling={"type": "yarn"}), "'yarn'"),
-    ("config.json", dict(num_key_value_heads=4), "size mismatch"),
     ("config.json", None, "config.json"), ("config.json", lambda x: x[:-9], "hf download"),
     ("generation_config.json", dict(eos_token_id="</s>"), "eos_token_id is </s>"),
     ("generation_config.json", dict(eos_token_id=[3, VOCAB]), r"eos_token_id is \[3, 61\]"),
@@ -675,8 +670,6 @@ def test_a_decode_step_reads_no_value_from_the_device():
     for _ in range(3):
         s.step()
     assert s.out.is_meta and s.t.is_meta and s.total.is_meta
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        s.compact(1.0)
 
 
 # -----------------------------------------------------------------------------
