@@ -1,8 +1,8 @@
 """Answers, prompts and responses as text and as token ids, JSONL records, and a toy task.
 
-A response has one reasoning step per line and ends with a marker ("Answer:") and the answer. Steps
-and answer are located in the token ids of the response itself, because encoding its text again may
-give other tokens. The toy task shows the effect of the method in 90 seconds on a laptop.
+A response has one reasoning step per line and ends with a marker ("Answer:" or "\\boxed{") and the
+answer. Steps and answer are located in the token ids of the response itself, because encoding its
+text again may give other tokens. The toy task shows the method's effect in 90 seconds on a laptop.
 
 This file is self-contained; copy it freely. Next to read: model.py.
 
@@ -11,10 +11,12 @@ SPDX-License-Identifier: MIT
 import json
 import re
 import unicodedata
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from datetime import datetime
 from fractions import Fraction
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +37,10 @@ def find_answer(text: str, marker: str = MARKER) -> tuple[int, int, int] | None:
     r"""Return (marker start, answer start, answer end) in characters, or None without an answer.
 
     The answer is the rest of the line after the last marker. The marker is found in upper and lower
-    case, in bold and with a fullwidth colon: "**ANSWER**: 18", "Answer：18". Without a marker, or
-    with nothing behind it, the answer is the content of the last \boxed{...} that is closed, and
-    the marker is "\boxed{". Thoughts, which end with "</think>", have no answer.
+    case, in bold and with a fullwidth colon: "**ANSWER**: 18", "Answer：18". Without a marker, the
+    answer is the content of the last \boxed{...} whose braces are closed, and the marker is
+    "\boxed{"; a marker with nothing behind it on its line goes on to such a box after it. Thoughts,
+    which end with "</think>", are not searched.
     """
     start = text.rfind("</think>") + 1
     if "<think>" in text[start:]:
@@ -45,16 +48,19 @@ def find_answer(text: str, marker: str = MARKER) -> tuple[int, int, int] | None:
     pattern = r"\*{0,3}" + re.escape(marker.strip().rstrip(" :：")) + r"\*{0,3}"
     if marker.strip().endswith((":", "：")):
         pattern += r"[^\S\n]*[:：]\*{0,3}"
-    marker_start = start
+    marker_start = None
     answer = ""
-    for found in re.compile(pattern, re.IGNORECASE).finditer(text, start):
-        marker_start, start = found.span()
+    found = list(re.compile(pattern, re.IGNORECASE).finditer(text, start))
+    if found:
+        marker_start, start = found[-1].span()
         answer = text[start:].partition("\n")[0].strip()
-    bold = re.fullmatch(r"(?:\*\*)?([^*]*)\*\*", answer)
+    bold = re.fullmatch(r"(?:\*\*)?([^*]*)\*\*", answer)  # "**18**", or as in "**Answer: 18**"
     if bold:
         answer = bold[1].strip()
     if not answer:
-        marker_start, start, answer = find_box(text, start)
+        box_start, start, answer = find_box(text, start)
+        if marker_start is None:
+            marker_start = box_start
     if not answer:
         return None
     start = text.index(answer, start)
@@ -84,9 +90,6 @@ def extract_answer(text: str, marker: str = MARKER) -> str | None:
 # (pattern, replacement) pairs that change only the form of an answer.
 FORMS = [
     ("[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]", ""),  # invisible
-    ("[\u2010-\u2015\u2212]", "-"),  # dashes
-    ("[\u2018\u2019]", "'"),  # curly quotes
-    ("[\u201c\u201d]", '"'),
     (r"(?<![.\s]) ?[.。]$", ""),  # a final full stop
     (r"""^(["'])((?:(?!\1).)+)\1$""", r"\2"),  # quotes around the whole answer
     (r"(?<![\w*`])(\*\*|`)([^*`]+)\1(?![\w*`])", r"\2"),  # Markdown's **bold** and `code`
@@ -104,6 +107,7 @@ FORMS = [
     (r"[(\[{][^()\[\]{}]+[)\]}]", lambda group: re.sub(r", (?!\d{3}(?!\d))", ",", group[0])),
 ]
 FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+DASHES_AND_QUOTES = str.maketrans("‐‑‒–—―−‘’“”", "-------''\"\"")
 WORD = r"(?<!\\)\b(?!\w*[a-z][A-Z])(?:[^\W\d_]{3,}|No)\b"  # such as Paris and PARIS, but not mRNA
 # A letter; the text behind it begins with a word, and may not deny it or name another letter.
 CHOICE = r"(?:option )?(?:\(?([A-Ja-j])\)(?: ([^\W\d_]{2}.*))?|([A-J]))"
@@ -130,7 +134,7 @@ def canonical(answer: str) -> str:
 
     In doubt, answers differ: a wrong match rewards an error, while a missed match loses a vote.
     """
-    text = unicodedata.normalize("NFC", answer).translate(FULLWIDTH)
+    text = unicodedata.normalize("NFC", answer).translate(FULLWIDTH | DASHES_AND_QUOTES)
     for _ in range(3):  # Forms may be nested, as in $\boxed{\text{B}}$.
         for pattern, replacement in FORMS:
             text = " ".join(re.sub(pattern, replacement, text).split())
@@ -154,17 +158,18 @@ def canonical(answer: str) -> str:
 
 # A common unit, or a plural that does not multiply the number, and what may follow it.
 UNIT = (r" (?:[€£¥₹°]|[cmk]m|[mk]g|ml|km/h|mph|people|feet|hour|minute|day|week|year|(?!times|pairs"
-        r"|couples|halves|quarters|logs|scores|tens|percents|(?!months)[a-z]*(?:ths|thirds|hundreds"
-        r"|thousands|illions|illiards|zeroe?s|dozens|crores|lakhs))[a-z]{2,}[a-rtv-z]s)"
-        r"(?: (?:old|long|tall|left|in total|altogether|(?:of|per|an?|each|every) [a-z]{3,}))?")
+        r"|couples|halves|quarters|logs|scores|percents|twos|threes|fours|fives|sixes|sevens|eights"
+        r"|nines|tens|(?!months)[a-z]*(?:ths|thirds|hundreds|thousands|illions|illiards|zeroe?s"
+        r"|dozens|crores|lakhs))[a-z]{2,}[a-rtv-z]s)"
+        r"(?: (?:old|long|tall|left|in total|altogether|per [a-z]{3,}))?")
 
 
 def answers_match(answer: str, gold: str) -> bool:
-    """Return whether an answer and the gold answer have the same canonical form.
+    """Return whether an answer has the same canonical form as the gold answer.
 
-    There is one addition: if the gold answer is a bare number or a bare letter, the answer may have
-    a unit or the text of an option behind it. So "72 clips" and "8 years old" match 72 and 8, and
-    "B. Paris" matches B, but "5 hundred", "5 percent" and "5 or 6" do not match 5.
+    If the gold answer is a bare number or letter, a unit or the text of an option may stand behind
+    it: "72 clips" and "8 years old" match 72 and 8, and "B. Paris" matches B. But a word that makes
+    another number is no unit: "5 hundred" and "5 percent" do not match 5.
     """
     form = canonical(answer)
     expected = canonical(gold)
@@ -226,8 +231,9 @@ def load_tokenizer(path: Path) -> tuple[Tokenizer, list[int]]:
 def render_chat(folder: Path, date: datetime) -> tuple[str, str] | None:
     """Render the folder's chat template with QUESTION and ANSWER: (prompt, conversation).
 
-    The prompt ends where the assistant's turn begins. Returns None if the folder has no template.
-    Raises DataError if the template cannot be rendered.
+    The prompt ends where the assistant's turn begins. Templates get the settings and variables that
+    `transformers` gives them. Returns None if the folder has no template. Raises DataError if the
+    template cannot be rendered.
     """
     texts = []
     try:
@@ -235,13 +241,16 @@ def render_chat(folder: Path, date: datetime) -> tuple[str, str] | None:
             path = folder / name
             texts.append(path.read_text(encoding="utf-8") if path.is_file() else "")
         config = json.loads(texts[0] or "{}")
-        if "added_tokens_decoder" not in config:  # This is the condition of `transformers`.
+        if "added_tokens_decoder" not in config:
             config.update(json.loads(texts[1] or "{}"))
         source = texts[2] or config.get("chat_template")
         if isinstance(source, list):
             source = {named["name"]: named["template"] for named in source}["default"]
         if not source:
             return None
+        # {% generation %} marks the assistant's text and prints nothing.
+        source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+        source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
         variables = {"tools": None, "documents": None}
         for name, token in config.items():
             # A special token is a string, or an object that holds it as "content".
@@ -249,7 +258,7 @@ def render_chat(folder: Path, date: datetime) -> tuple[str, str] | None:
                 token = token.get("content")
             if name.endswith("_token") and isinstance(token, str):
                 variables[name] = token
-        template = compile_template(source, date)
+        template = make_environment(date).from_string(source)
         messages = [{"role": "user", "content": QUESTION}]
         prompt = template.render(messages=messages, add_generation_prompt=True, **variables)
         messages.append({"role": "assistant", "content": ANSWER})
@@ -258,13 +267,13 @@ def render_chat(folder: Path, date: datetime) -> tuple[str, str] | None:
             raise ValueError("it leaves out the user's message")
     except Exception as error:  # A template may raise anything.
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"the chat template in {folder} cannot be used ({reason}): correct "
-                        f"chat_template.jinja or tokenizer_config.json") from None
+        raise DataError(f"the chat template in {folder} cannot be used ({reason}): correct it in "
+                        "chat_template.jinja or tokenizer_config.json") from None
     return prompt, conversation
 
 
-def compile_template(source: str, date: datetime):
-    """Compile a jinja2 template with the settings and functions that `transformers` gives it."""
+def make_environment(date: datetime):
+    """Return a jinja2 sandbox with the functions that `transformers` gives to templates."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -274,12 +283,8 @@ def compile_template(source: str, date: datetime):
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = date.strftime
-    # {% generation %} marks the assistant's text and prints nothing.
-    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
-    source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
-    return environment.from_string(source)
+    environment.globals.update(raise_exception=raise_exception, strftime_now=date.strftime)
+    return environment
 
 
 class Text:
@@ -287,9 +292,9 @@ class Text:
 
     Without a chat template, `chat` is None and a prompt is plain text. `end` is the id that ends a
     response in training: the special token that the template puts after an answer, or otherwise the
-    first of `eos_ids`, the model's own end tokens. `end_ids` has all ids that end a response.
-    `date` is the datetime that templates print, by default the present. Raises DataError if
-    tokenizer.json or the template cannot be used, or if there is no end token.
+    first of `eos_ids`, the model's own end tokens. `end_ids` has all ids that end a response. The
+    template prints `date`, by default the present. Raises DataError if tokenizer.json or the
+    template cannot be used, or if there is no end token.
     """
 
     def __init__(self, folder, eos_ids=(), marker: str = MARKER, date: datetime | None = None):
@@ -374,26 +379,21 @@ class Text:
         return self.tokenizer.decode([i for i in ids if i not in self.end_ids])
 
     def read(self, response: list[int]) -> tuple[str, list[int]]:
-        """Return the text of a response without its end token, and the offset of each token's end.
+        """Return the text of a response without its end token, and where each token starts in it.
 
-        Tokens that share a multi-byte character all end where the character ends. The text is "" if
-        the response was cut off or contains invalid UTF-8.
+        Tokens that share a multi-byte character all start where the character starts. The text is
+        "" if the response was cut off or contains invalid UTF-8.
         """
         text = ""
-        offsets = []
+        starts = []
         cut_off = not response or response[-1] not in self.end_ids
         if cut_off or "\ufffd" in self.decode(response):
-            return text, offsets
+            return text, starts
         stream = decoders.DecodeStream(skip_special_tokens=True)
-        waiting = 0
         for i in response[:-1]:
-            waiting += 1
-            piece = stream.step(self.tokenizer, i)
-            if piece is not None:
-                text += piece
-                offsets += [len(text)] * waiting
-                waiting = 0
-        return text, offsets + [len(text)] * waiting
+            starts.append(len(text))
+            text += stream.step(self.tokenizer, i) or ""
+        return text, starts
 
     def parse(self, prompt: list[int], response: list[int]) -> tuple[tuple, str | None]:
         """Return ((tokens, cuts, answer_start, answer_end), answer): a `prg.Trace` and its answer.
@@ -405,7 +405,7 @@ class Text:
         no steps, answer_start = answer_end = len(tokens), and the answer None.
         """
         tokens = prompt + response
-        text, offsets = self.read(response)
+        text, starts = self.read(response)
         found = find_answer(text, self.marker)
         if found is None or (self.before_answer and "</think>" not in text):
             return (tokens, [len(prompt)], len(tokens), len(tokens)), None
@@ -418,30 +418,27 @@ class Text:
         if steps:
             marker = re.compile(r"\S").search(text, steps[-1].end())
             for following in (*steps[1:], marker):
-                cuts.add(token_at(offsets, following.start()))
+                cuts.add(token_at(starts, following.start()))
         cuts = [len(prompt) + cut for cut in sorted(cuts)]
-        start = token_at(offsets, answer_start)
-        # All tokens of the answer's last character belong to the answer.
-        end = token_at(offsets, offsets[token_at(offsets, answer_end - 1)])
-        trace = tokens, cuts, len(prompt) + start, len(prompt) + end
-        return trace, text[answer_start:answer_end]
+        first = len(prompt) + token_at(starts, answer_start)
+        end = len(prompt) + bisect_left(starts, answer_end)
+        return (tokens, cuts, first, end), text[answer_start:answer_end]
 
 
-def token_at(offsets: list[int], character: int) -> int:
-    """Return the index of the token with this character; `offsets` are the ends of the tokens."""
-    return int(np.searchsorted(offsets, character, side="right"))
+def token_at(starts: list[int], character: int) -> int:
+    """Return the index of the first token with this character; `starts` are those of the tokens."""
+    return bisect_left(starts, starts[bisect_right(starts, character) - 1])
 
 
 # -----------------------------------------------------------------------------
 # JSONL records
 
-def read_jsonl(path, limit: int = 0) -> list[tuple[str, dict]]:
-    """Return ("PATH line NUMBER", record) of the first `limit` nonblank lines; 0 means all lines.
+def read_jsonl(path):
+    """Yield ("PATH line NUMBER", record) of each line that is not blank.
 
-    Numbers are returned as strings, exactly as they are written. Raises DataError if the file
-    cannot be read or is empty, or if a line is not a JSON object.
+    Numbers are strings, exactly as they are written. Raises DataError if the file cannot be read,
+    or if a line is not a JSON object.
     """
-    records = []
     try:
         # Bytes that are not UTF-8 become surrogates, which `text_field` refuses.
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -451,18 +448,13 @@ def read_jsonl(path, limit: int = 0) -> list[tuple[str, dict]]:
                 record = json.loads(line, parse_int=str, parse_float=str)
                 if not isinstance(record, dict):
                     raise ValueError("it has no named fields")
-                records.append((f"{path} line {number}", record))
-                if len(records) == limit:
-                    break
+                yield f"{path} line {number}", record
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): give a JSONL file") from None
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", error)  # without JSONDecodeError's own line number
         raise DataError(f"{path} line {number} is not a JSON object ({reason}): write one object "
                         "on each line") from None
-    if not records:
-        raise DataError(f"{path} is empty: write one JSON object on each line")
-    return records
 
 
 def text_field(record: dict, name: str, where: str) -> str:
@@ -506,7 +498,7 @@ def load_labeled(path, text: Text, max_prompt: int, max_response: int, limit: in
     The note of this and the next functions is "", or says which records were skipped as too long.
     """
     pairs = []
-    for where, record in read_jsonl(path, limit):
+    for where, record in islice(read_jsonl(path), limit or None):
         prompt = text.encode_prompt(text_field(record, "prompt", where))
         reasoning, answer = solution_of(record, where)
         if not reasoning.strip():
@@ -534,7 +526,7 @@ def load_unlabeled(path, text: Text, max_prompt: int):
 def load_eval(path, text: Text, max_prompt: int, limit: int = 0):
     """Return ([(prompt ids, question, gold answer)], note) from a file of queries, each once."""
     queries = {}
-    for where, record in read_jsonl(path, limit):
+    for where, record in islice(read_jsonl(path), limit or None):
         question = text_field(record, "prompt", where).strip()
         _, gold = solution_of(record, where)
         prompt = text.encode_prompt(question)
@@ -545,12 +537,12 @@ def load_eval(path, text: Text, max_prompt: int, limit: int = 0):
 def keep_short(path, records: list[tuple], *limits: int) -> tuple[list[tuple], str]:
     """Return the records whose prompts (and responses) are within the limits, and a note about the
     others. Raises DataError if none is left."""
+    if not records:
+        raise DataError(f"{path} is empty: write one JSON object on each line")
     kept = []
     for record in records:
         if all(len(ids) <= limit for ids, limit in zip(record, limits)):
             kept.append(record)
-    if len(kept) == len(records):
-        return kept, ""
     note = f"{len(kept)} of {len(records)} records of {path} are left"
     options = ["--max_prompt_tokens", "--max_new_tokens"]
     for option, limit, column in zip(options, limits, zip(*records)):
@@ -559,7 +551,7 @@ def keep_short(path, records: list[tuple], *limits: int) -> tuple[list[tuple], s
             note += f"; some are longer than {option} {limit} (the longest has {longest} tokens)"
     if not kept:
         raise DataError(f"{note}: raise the limit")
-    return kept, note
+    return kept, note if len(kept) < len(records) else ""
 
 
 # -----------------------------------------------------------------------------

@@ -678,45 +678,48 @@ def test_a_decode_step_reads_no_value_from_the_device():
 # Pairs with one canonical form, pairs that never match, and answers with a gold answer that match
 # in this order only.
 SAME = r"""
-Yes. ≡ yes   \text{blue} ≡ blue   (0, 1) ≡ ( 0,1 )   caf{e1} ≡ caf{e2}   巴黎。 ≡ 巴黎   ５ ≡ 5   PARIS ≡ paris
-$\textbf{Paris}$ ≡ Paris   \left( 3, 4 \right) ≡ (3, 4)   “Paris” ≡ Paris   No ≡ no   \(x\) ≡ x   `x` ≡ x
-don’t ≡ don't   5\text{ cm} ≡ 5 cm   **18** ≡ 18   $\boxed{\text{**B.**}}$. ≡ B   \[ \boxed{18} \] ≡ 18
-$B$ ≡ B   \boxed{B} ≡ B   **B** ≡ B   (B) ≡ B   B. ≡ B   (b) ≡ B   Option B ≡ B   B) Paris ≡ B
-(B) Meningitis ≡ B   (B) Crohn's disease ≡ B   \text{(B)} Rome ≡ B   Option (B) Paris ≡ B
-$18 ≡ 18   $18$ ≡ 18   \$18.00 ≡ 18   - $5 ≡ -5   5 $ ≡ 5   € 5 ≡ 5€   -¥5 ≡ -5 ¥   $29.00. ≡ 29
-1,000 ≡ 1000.0   $1,000 ≡ 1000.00   1{,}000 ≡ 1000   1,\!000 ≡ 1000   1e5 ≡ 100,000   18.0 ≡ 18   0 ≡ -0
-1e-05 ≡ 0.00001   2.5E-3 ≡ 0.0025   -5 ≡ −5   - 5 ≡ -5   +5 ≡ 5   .5 ≡ 0.50   \(5\) ≡ 5   3/4 ≡ 0.75
-\frac{3}{4} ≡ 0.75   6/8 ≡ 3/4   -\frac{1}{2} ≡ -0.5   \boxed{\frac{1}{2}} ≡ 0.5   -\dfrac{1}{2} ≡ - 1/2
-1.50 m ≡ 1.5 m   1,000.0 cm ≡ 1000 cm   50\% ≡ 50 percent   50 % ≡ 50.0%   18{zwsp} ≡ 18   {bom}18{lrm} ≡ 18
-Pa{shy}ris ≡ Paris
+Yes. ≡ yes   \text{blue} ≡ blue   (0, 1) ≡ ( 0,1 )   café ≡ café   巴黎。 ≡ 巴黎   ５ ≡ 5   PARIS ≡ paris
+$\textbf{Paris}$ ≡ Paris   \left( 3, 4 \right) ≡ (3, 4)   “Paris” ≡ Paris   No ≡ no   \(x\) ≡ x
+`x` ≡ x   don’t ≡ don't   5\text{ cm} ≡ 5 cm   **18** ≡ 18   $\boxed{\text{**B.**}}$. ≡ B
+\[ \boxed{18} \] ≡ 18   $B$ ≡ B   \boxed{B} ≡ B   **B** ≡ B   (B) ≡ B   B. ≡ B   (b) ≡ B
+Option B ≡ B   B) Paris ≡ B   (B) Meningitis ≡ B   (B) Crohn's disease ≡ B   \text{(B)} Rome ≡ B
+Option (B) Paris ≡ B   $18 ≡ 18   $18$ ≡ 18   \$18.00 ≡ 18   - $5 ≡ -5   5 $ ≡ 5   € 5 ≡ 5€
+-¥5 ≡ -5 ¥   $29.00. ≡ 29   1,000 ≡ 1000.0   $1,000 ≡ 1000.00   1{,}000 ≡ 1000   1,\!000 ≡ 1000
+1e5 ≡ 100,000   18.0 ≡ 18   0 ≡ -0   1e-05 ≡ 0.00001   2.5E-3 ≡ 0.0025   -5 ≡ −5   - 5 ≡ -5   +5 ≡ 5
+.5 ≡ 0.50   \(5\) ≡ 5   3/4 ≡ 0.75   \frac{3}{4} ≡ 0.75   6/8 ≡ 3/4   -\frac{1}{2} ≡ -0.5
+\boxed{\frac{1}{2}} ≡ 0.5   -\dfrac{1}{2} ≡ - 1/2   1.50 m ≡ 1.5 m   1,000.0 cm ≡ 1000 cm
+50\% ≡ 50 percent   50 % ≡ 50.0%   18{zwsp} ≡ 18   {bom}18{lrm} ≡ 18   Pa{shy}ris ≡ Paris
 """
 DIFFERENT = r"""
 $A$ ≡ $B$   A) B) C) D) ≡ A   (A) (B) ≡ A   A or B ≡ A   A ≡ a car   C# ≡ C   O- ≡ O   Cl- ≡ Cl
 0,125 ≡ 125   1,5 ≡ 15   5! ≡ 5   2n ≡ 2   6ab ≡ 6   $5b ≡ 5   5 mW ≡ 5 MW   5 million ≡ 5
 120/80 mmHg ≡ 90/60 mmHg   3 100/200 ≡ 15.5   (100,200) ≡ 100200   12:30 ≡ 12   3 or 4 ≡ 3   >5 ≡ 5
 x = 5 or x = 3 ≡ 3   (0, 1) ≡ [0, 1]   {1, 2} ≡ (1, 2)   x' ≡ x   \frac{1}{2x} ≡ \frac{1}{2}x
-\frac{a}{bc} ≡ \frac{ab}{c}   $\text{Yes}$ ≡ $\text{No}$
-1, 234 ≡ 1,234   (1, 234) ≡ (1,234)   3,5 ≡ 3, 5   {5} ≡ 5   -x ≡ x   x ≡ X   \Delta ≡ \delta   mW ≡ MW   CO ≡ Co
-CoS ≡ COS   NO ≡ no   5 Cal ≡ 5 cal   2**3 ≡ 23   5² ≡ 52   3½ ≡ 31/2   \mathbb{R} ≡ R   5’ ≡ 5”   $ ≡ !
-Paris ≡ Rome   12 ≡ twelve   H_2 ≡ H2   e.g. ≡ e   2^{x+1} ≡ 2^x+1   \frac{1}{2}\pi ≡ 1/2\pi
-A and B ≡ A   a) and c) ≡ a   A, B ≡ A   A ≡ (B) A   A) not B ≡ A   (a) - b ≡ a   (B)² ≡ B   {B} ≡ B   b ≡ B
-I ≡ I think so   f (x) ≡ f   f (3) ≡ f   e ≡ E   Aa ≡ aa   A* ≡ A   E. coli ≡ E. faecalis   J. Smith ≡ J. Jones
-(B) isn't correct ≡ B   (B) cannot be right ≡ B   B: no ≡ B   A. 3; K. 4 ≡ A   (B) A ≡ B   a: 5 ≡ a: 6
-H (hydrogen) ≡ H (henry)   (a) 5 ≡ (a) 6   B is wrong ≡ B   B. not sure ≡ B   B. Paris or C. Rome ≡ B
--5 ≡ 5   12 ≡ 13   .5 ≡ 5   5+ ≡ 5   ~5 ≡ 5   |5| ≡ 5   (5) ≡ 5   ±2021 ≡ 2021   5 apples ≡ 5 pears   -5 m ≡ 5 m
-1,2 ≡ 12   1,0000 ≡ 10000   007 ≡ 7   1/0 ≡ 1   1e999999999 ≡ 1   0.3... ≡ 0.3   2/3 ≡ 2   2 2/3 ≡ 2
-3:4 ≡ 3   2021-05-03 ≡ 2021   5-10 ≡ 5   3 of 4 ≡ 3   72 or 73 ≡ 72   5 or more ≡ 5   5 and a half ≡ 5   2 n ≡ 2
-2x ≡ 2   2\pi ≡ 2   2π ≡ 2   5 - 3 ≡ 5   5 - a ≡ 5   5^2 ≡ 5   \sqrt{2} ≡ 2   $5 million ≡ 5   5K ≡ 5   5万 ≡ 5
-5 hundred ≡ 5   5 thousand ≡ 5   2 dozen ≡ 2   3 tenths ≡ 3   5 tens ≡ 5   5 halves ≡ 5   5 times ≡ 5   5 squared ≡ 5
-5% ≡ 5   5 percent ≡ 5   $5 ≡ €5   $5 ≡ 5 cents   $5 ≡ 5 euros   1.5 mmHg ≡ 3/2 mmHg   6/4 m ≡ 3/2 m   5 feet ten ≡ 5
-5 degrees below zero ≡ 5   5 factorial ≡ 5   not 5 ≡ 5   about 5 ≡ 5   less than 5 ≡ 5   x > 5 ≡ 5   x >= 3 ≡ 3
-x != 3 ≡ 3   x = 5 ≡ y = 5   2x = 10 ≡ 10   x = 5, y = 3 ≡ 3   3 = 5 ≡ 5   It is not 5 ≡ 5
+\frac{a}{bc} ≡ \frac{ab}{c}   $\text{Yes}$ ≡ $\text{No}$   1, 234 ≡ 1,234   (1, 234) ≡ (1,234)
+3,5 ≡ 3, 5   {5} ≡ 5   -x ≡ x   x ≡ X   \Delta ≡ \delta   mW ≡ MW   CO ≡ Co   CoS ≡ COS   NO ≡ no
+5 Cal ≡ 5 cal   2**3 ≡ 23   5² ≡ 52   3½ ≡ 31/2   \mathbb{R} ≡ R   5’ ≡ 5”   $ ≡ !   Paris ≡ Rome
+12 ≡ twelve   H_2 ≡ H2   e.g. ≡ e   2^{x+1} ≡ 2^x+1   \frac{1}{2}\pi ≡ 1/2\pi   A and B ≡ A
+a) and c) ≡ a   A, B ≡ A   A ≡ (B) A   A) not B ≡ A   (a) - b ≡ a   (B)² ≡ B   {B} ≡ B   b ≡ B
+I ≡ I think so   f (x) ≡ f   f (3) ≡ f   e ≡ E   Aa ≡ aa   A* ≡ A   E. coli ≡ E. faecalis
+J. Smith ≡ J. Jones   (B) isn't correct ≡ B   (B) cannot be right ≡ B   B: no ≡ B   A. 3; K. 4 ≡ A
+(B) A ≡ B   a: 5 ≡ a: 6   H (hydrogen) ≡ H (henry)   (a) 5 ≡ (a) 6   B is wrong ≡ B
+B. not sure ≡ B   B. Paris or C. Rome ≡ B   -5 ≡ 5   12 ≡ 13   .5 ≡ 5   5+ ≡ 5   ~5 ≡ 5   |5| ≡ 5
+(5) ≡ 5   ±2021 ≡ 2021   5 apples ≡ 5 pears   -5 m ≡ 5 m   1,2 ≡ 12   1,0000 ≡ 10000   007 ≡ 7
+1/0 ≡ 1   1e999999999 ≡ 1   0.3... ≡ 0.3   2/3 ≡ 2   2 2/3 ≡ 2   3:4 ≡ 3   2021-05-03 ≡ 2021
+5-10 ≡ 5   3 of 4 ≡ 3   72 or 73 ≡ 72   5 or more ≡ 5   5 and a half ≡ 5   2 n ≡ 2   2x ≡ 2
+2\pi ≡ 2   2π ≡ 2   5 - 3 ≡ 5   5 - a ≡ 5   5^2 ≡ 5   \sqrt{2} ≡ 2   $5 million ≡ 5   5K ≡ 5
+5万 ≡ 5   5 hundred ≡ 5   5 thousand ≡ 5   2 dozen ≡ 2   3 tenths ≡ 3   5 tens ≡ 5   5 halves ≡ 5
+5 times ≡ 5   5 squared ≡ 5   5% ≡ 5   5 percent ≡ 5   $5 ≡ €5   $5 ≡ 5 cents   $5 ≡ 5 euros
+1.5 mmHg ≡ 3/2 mmHg   6/4 m ≡ 3/2 m   5 feet ten ≡ 5   5 degrees below zero ≡ 5   5 factorial ≡ 5
+not 5 ≡ 5   about 5 ≡ 5   less than 5 ≡ 5   x > 5 ≡ 5   x >= 3 ≡ 3   x != 3 ≡ 3   x = 5 ≡ y = 5
+2x = 10 ≡ 10   x = 5, y = 3 ≡ 3   3 = 5 ≡ 5   It is not 5 ≡ 5
 """
 RIGHT = r"""
-72 clips ≡ 72   8 years old ≡ 8   1,000 dollars ≡ 1000   60 km/h ≡ 60   60 miles per hour ≡ 60   5\text{ cm} ≡ 5
-90° ≡ 90   €5 ≡ 5   B. Paris ≡ B   B: Paris ≡ B   B (meningitis) ≡ B   **B.** Paris ≡ B   (B) -5 ≡ B   A) a car ≡ A
+72 clips ≡ 72   8 years old ≡ 8   1,000 dollars ≡ 1000   60 km/h ≡ 60   60 miles per hour ≡ 60
+5\text{ cm} ≡ 5   90° ≡ 90   €5 ≡ 5   B. Paris ≡ B   B: Paris ≡ B   B (meningitis) ≡ B
+**B.** Paris ≡ B   (B) -5 ≡ B   A) a car ≡ A
 """
-ODD = {"e1": "\u00e9", "e2": "e\u0301", "zwsp": "\u200b", "bom": "\ufeff", "lrm": "\u200e", "shy": "\u00ad"}
+ODD = {"zwsp": "\u200b", "bom": "\ufeff", "lrm": "\u200e", "shy": "\u00ad"}
 
 
 def pairs(table: str) -> list[list[str]]:
@@ -728,27 +731,19 @@ def pairs(table: str) -> list[list[str]]:
 
 def test_answers_match_by_their_canonical_form():
     for a, b in pairs(SAME):
-        assert data.canonical(a) == data.canonical(b), (a, b)
-        assert data.answers_match(a, b) and not data.answers_match(a, "")
-    assert not data.answers_match("", "") and not data.answers_match("\u200b", "")
-
-
-def test_different_answers_never_match():
+        assert data.canonical(a) == data.canonical(b) and data.answers_match(a, b), (a, b)
+    for a, b in pairs(RIGHT):
+        assert data.answers_match(a, b) and not data.answers_match(b, a), (a, b)
+        assert data.canonical(a) != data.canonical(b), "they are different votes"
     for a, b in pairs(DIFFERENT):
         assert not data.answers_match(a, b) and not data.answers_match(b, a), (a, b)
         assert not data.answers_match("", a) and not data.answers_match(a, "")
-
-
-def test_words_may_stand_behind_a_bare_gold_answer_but_not_the_other_way_round():
-    for answer, gold in pairs(RIGHT):
-        assert data.answers_match(answer, gold), (answer, gold)
-        assert data.canonical(answer) != data.canonical(gold) and not data.answers_match(gold, answer)
+    assert not data.answers_match("", "") and not data.answers_match("\u200b", "")
 
 
 @pytest.mark.parametrize("piece", [
-    ".", ". ", "$", "$a", "*", "**a", "`", "(", "( , ", "9", "1,", "1,000", "1 ", "a", "aB", " ", "{",
-    "\\", r"\(", r"\left", r"\text{", r"\text{a}", r"\boxed{", r"\boxed{}", "Answer:", "Answer:\n",
-    "</think>", "B) a ", "5 per "])
+    ".", ". ", "$", "$a", "**a", "`", "(", "( , ", "9", "1,", "1,000", "1 ", "a", " ", "{", "\\",
+    r"\(", r"\text{", r"\text{a}", r"\boxed{", r"\boxed{}", "Answer:", "Answer:\n", "</think>", "B) a "])
 def test_answers_of_100000_characters_are_read_in_linear_time(piece):
     long = piece * (100_000 // len(piece))  # A quadratic loop would take minutes.
     data.answers_match(long, "5")
@@ -781,9 +776,10 @@ def test_without_a_marker_the_answer_is_in_the_last_closed_box(text, answer):
     assert data.extract_answer(text) == answer
 
 
-def test_stars_and_the_opening_brace_belong_to_the_marker():
+def test_an_answer_is_found_with_the_start_of_its_marker():
     assert data.find_answer("So\n**Answer:** 18") == (3, 15, 17)
     assert data.find_answer("So\n\\boxed{ 18 }") == (3, 11, 13)
+    assert data.find_answer("So\nAnswer:\n\\boxed{18}") == (3, 18, 20)
 
 
 def test_equal_answers_are_counted_together():
@@ -806,37 +802,28 @@ CHATML_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 # Like Qwen3, it has a default system prompt, uses tools, break and tojson without HTML escapes, and
 # puts an empty block of thoughts before an answer. Qwen3-Thinking also opens it in the prompt.
 QWEN_TEMPLATE = r"""{%- if tools %}{{ raise_exception('There are no tools.') }}{% endif %}
-{%- if messages[0].role != 'system' %}
-    {{- '<|im_start|>system\n9 & ' + ('<9>' | tojson) + '<|im_end|>\n' }}
-{%- endif %}
+{{- '<|im_start|>system\n9 & ' + ('<9>' | tojson) + '<|im_end|>\n' }}
 {%- for m in messages %}
     {%- if m.content is not string %}{% break %}{% endif %}
     {{- '<|im_start|>' + m.role + '\n' }}
     {%- if m.role == 'assistant' and loop.last %}
-        {%- set thoughts = m.reasoning_content | default('', true) %}
-        {{- '<think>\n' + thoughts.strip('\n') + '\n</think>\n\n' }}
+        {{- '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}
     {%- endif %}
     {{- m.content.lstrip('\n') + '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-QWEN_THINKING_TEMPLATE = QWEN_TEMPLATE.replace(r"'<|im_start|>assistant\n'",
-                                               r"'<|im_start|>assistant\n<think>\n'")
+THINKING_TEMPLATE = QWEN_TEMPLATE.replace(r"assistant\n'", r"assistant\n<think>\n'")
 # Like DeepSeek-R1-Distill, it removes the thoughts from an answer.
-R1_TEMPLATE = r"""{{- bos_token }}
-{%- for m in messages -%}
-  {%- if m['role'] == 'user' -%}{{ '<User>' + m['content'] }}{%- endif -%}
-  {%- if m['role'] == 'assistant' and m['content'] is not none -%}
-    {{ '<Assistant>' + m['content'].split('</think>')[-1] + '</s>' }}
-  {%- endif -%}
-{%- endfor -%}
+R1_TEMPLATE = r"""{{ bos_token }}{%- for m in messages -%}{%- if m['role'] == 'user' -%}
+  {{ '<User>' + m['content'] }}{%- else -%}
+  {{ '<Assistant>' + m['content'].split('</think>')[-1] + '</s>' }}{%- endif -%}{%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<Assistant><think>\n' }}{%- endif -%}"""
 # Like Llama 3.1, it has BOS and a date, and trims messages.
-LLAMA3_TEMPLATE = """{{- bos_token }}
-{%- if tools is not none %}{{ raise_exception('There are no tools.') }}{% endif %}
-{%- if strftime_now is defined %}{{ strftime_now("%d %b %Y") }}{% endif %}
+LLAMA3_TEMPLATE = r"""{{- bos_token }}
+{%- if tools is none and strftime_now is defined %}{{ strftime_now("%d %b %Y") }}{% endif %}
 {%- for m in messages %}
-    {{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim }}
-    {{- '<|eot_id|>' }}
+    {{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}
+    {{- m.content | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
@@ -851,7 +838,7 @@ PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", 
           *"0123456789+=us"]
 
 
-def make(kind: str, special=(), template: str = "", normalizer=None) -> Tokenizer:
+def make(kind: str, special=(), template: str = "") -> Tokenizer:
     """Return a tokenizer of characters and a few longer tokens, whose post-processor has this
     template."""
     if kind == "bytes":
@@ -867,12 +854,10 @@ def make(kind: str, special=(), template: str = "", normalizer=None) -> Tokenize
             decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
             decoders.Strip(" ", 1, 0)])
         if kind == "prepend":
-            normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
-                                               normalizers.Replace(" ", "▁")])
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                                         normalizers.Replace(" ", "▁")])
         else:
             tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
     tokenizer.add_special_tokens([token for token in special if token not in THINK])
     tokenizer.add_tokens([token for token in special if token in THINK])
     if template:
@@ -882,9 +867,9 @@ def make(kind: str, special=(), template: str = "", normalizer=None) -> Tokenize
     return tokenizer
 
 
-def write_tokenizer(folder, *arguments, jinja=None, normalizer=None, **config):
+def write_tokenizer(folder, *arguments, jinja=None, **config):
     """Write tokenizer.json, its config and chat_template.jinja as in a checkpoint."""
-    make(*arguments, normalizer=normalizer).save(str(folder / "tokenizer.json"))
+    make(*arguments).save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     if jinja is not None:
@@ -916,7 +901,7 @@ def reference_prompt(folder, question: str) -> list[int]:
 @pytest.mark.parametrize("kind", ["bytes", "first", "always", "prepend"])
 @pytest.mark.parametrize("special, post, template, bos", [
     (CHATML, "", CHATML_TEMPLATE, None), (CHATML + THINK, "", QWEN_TEMPLATE, None),
-    (CHATML + THINK, "", QWEN_THINKING_TEMPLATE, None),
+    (CHATML + THINK, "", THINKING_TEMPLATE, None),
     (["<User>", "<Assistant>", *THINK, *BOS_EOS], "<s> $A", R1_TEMPLATE, "<s>"),
     (LLAMA3, "", LLAMA3_TEMPLATE, "<|begin_of_text|>"),
     (LLAMA3, "<|begin_of_text|> $A", LLAMA3_TEMPLATE, "<|begin_of_text|>"),
@@ -951,25 +936,23 @@ def test_a_template_prints_the_given_date(tmp_path):
 @pytest.mark.parametrize("special, template, expected", [
     (CHATML, CHATML_TEMPLATE, "one\n two\nAnswer: 18"),
     (CHATML, QWEN_TEMPLATE, "<think>\none\n two\n</think>\n\nAnswer: 18"),
-    (CHATML, QWEN_THINKING_TEMPLATE, "one\n two\n</think>\n\nAnswer: 18"),
+    (CHATML, THINKING_TEMPLATE, "one\n two\n</think>\n\nAnswer: 18"),
     (BOS_EOS, R1_TEMPLATE, "one\n two\n</think>\n\nAnswer: 18"),
     # Like Qwen3.5, it closes the empty block in the prompt.
-    (CHATML, QWEN_TEMPLATE.replace("assistant\\n'", "assistant\\n<think>\\n\\n</think>\\n\\n'"),
+    (CHATML, THINKING_TEMPLATE.replace(r"<think>\n'", r"<think>\n\n</think>\n\n'"),
      "one\n two\nAnswer: 18")])
-@pytest.mark.parametrize("think", [[], THINK])
 def test_supervised_reasoning_is_in_the_templates_block_of_thoughts(
-        special, template, expected, think, build):
-    text = build("bytes", special + think, chat_template=template, bos_token="<s>")
+        special, template, expected, build):
+    text = build("bytes", special + THINK, chat_template=template, bos_token="<s>")
     response = text.encode_response("\none\n\n two \n", "18")
     assert text.decode(response) == expected
     (tokens, cuts, start, end), answer = text.parse([1], response)
-    opening = "<think>\n" if expected.startswith("<think>") else ""
-    closing = "</think>\n\n" if "</think>" in expected else ""
     steps = [text.decode(tokens[a:b]) for a, b in zip(cuts, cuts[1:])]
-    assert steps == [f"{opening}one\n ", "two\n"] and answer == "18"
-    assert text.decode(tokens[cuts[-1]:start]).strip() == f"{closing}Answer:"
+    marker = text.decode(tokens[cuts[-1]:start])
+    assert "".join([*steps, marker]).strip() == expected.removesuffix(" 18") and answer == "18"
+    assert steps[1] == "two\n" and marker.startswith("</think>") == ("</think>" in expected)
     unclosed = text.encode("one\nAnswer: 18", after="\n") + [text.end]
-    assert text.parse([1], unclosed)[1] == (None if closing else "18")
+    assert text.parse([1], unclosed)[1] == (None if "</think>" in expected else "18")
 
 
 @pytest.mark.parametrize("place", [
@@ -1030,7 +1013,7 @@ LINE = st.text("aé漢🙂 .", min_size=1, max_size=4).map(lambda text: text.str
 
 @settings(max_examples=60)
 @given(st.lists(LINE, max_size=9), st.sampled_from(["\n", "\n\n", "\n  ", "\n--\n"]),
-       st.sampled_from(["Answer: 9", "**Answer:** 9", "$\\boxed{9}$", "\\[\n\\boxed{\\frac{9}{9}}\n"]))
+       st.sampled_from(["Answer: 9", "**Answer:** 9", "$\\boxed{9}$", "\\[\n\\boxed{\\frac99}"]))
 def test_the_steps_of_any_text_are_its_lines(build, lines, between, ending):
     text = build("bytes", CHATML)
     response = text.encode(between.join(["", *lines, ending]) + "\nbye", "\n") + [text.end]
@@ -1040,7 +1023,7 @@ def test_the_steps_of_any_text_are_its_lines(build, lines, between, ending):
     assert steps == lines
     marker = text.decode(tokens[cuts[-1]:start]).replace("--", "").split()
     assert "".join(marker) in ("Answer:", "**Answer:**", "$\\boxed{", "\\[\\boxed")
-    assert answer in ("9", r"\frac{9}{9}") and answer in text.decode(tokens[start:end])
+    assert answer in ("9", r"\frac99") and answer in text.decode(tokens[start:end])
     assert text.decode(tokens[cuts[-1]:]).endswith(ending.split("9")[-1] + "\nbye")
 
 
@@ -1049,7 +1032,8 @@ def test_the_support_of_a_boxed_answer_matches_its_definition(build):
     text = build("bytes", CHATML)
     parts = ["9+9\n", "is 18, so it is ", r"$\boxed", r"{\frac{1}{2}}"]
     ids = [text.encode("".join(parts[:i]), "\n") for i in range(5)]
-    (tokens, cuts, start, end), answer = text.parse([1, 2], ids[4] + text.encode("$", "}") + [text.end])
+    response = text.encode("".join(parts) + "$", "\n") + [text.end]
+    (tokens, cuts, start, end), answer = text.parse([1, 2], response)
     assert answer == r"\frac{1}{2}" and [*cuts, start, end] == [2 + len(i) for i in ids]
     model = tiny(text.vocab_size)
     support, _ = answer_support(model, [Trace(tokens, cuts, start, end)])
@@ -1066,15 +1050,6 @@ def test_without_an_answer_there_are_no_steps(before, response, after, build):
     ids = [text.tokenizer.token_to_id(token) for token in [*before, *after]]
     ids = ids[:len(before)] + text.encode(response, "\n") + ids[len(before):]
     assert text.parse([5, 6], ids) == (([5, 6] + ids, [2], len(ids) + 2, len(ids) + 2), None)
-
-
-@pytest.mark.parametrize("form", [normalizers.NFC(), normalizers.NFD(), normalizers.Lowercase()])
-@pytest.mark.parametrize("answer", ["caf\u00e9", "cafe\u0301", "2\u00bd", "\u22125", "Åland"])
-def test_an_answer_matches_its_gold_answer_with_any_normalizer(form, answer, build, tmp_path):
-    text = build("bytes", CHATML, normalizer=form)
-    path = write_lines(tmp_path / "a.jsonl", {"prompt": "p", "reasoning": "r", "answer": answer})
-    [(prompt, response)], _ = data.load_labeled(path, text, 500, 500)
-    assert data.answers_match(text.parse(prompt, response)[1], answer)
 
 
 def test_a_folder_without_a_usable_tokenizer_is_named(tmp_path):
@@ -1117,15 +1092,13 @@ def test_unlabeled_answers_are_never_read_and_each_prompt_is_kept_once(tmp_path,
     text = build("bytes", CHATML)
     expected = [text.encode_prompt("a"), text.encode_prompt("b")]
     assert data.load_unlabeled(path, text, 500) == (expected, "")
-    lower = build("bytes", CHATML, normalizer=normalizers.Lowercase())
-    write_lines(path, {"prompt": "a"}, {"prompt": "A"})
-    assert len(data.load_unlabeled(path, lower, 500)[0]) == 1, "the same for the model"
 
 
 def test_a_note_says_which_records_are_too_long(tmp_path, build):
     text = build("bytes", CHATML)
-    path = write_lines(tmp_path / "a.jsonl", *({"prompt": "p" * n, "reasoning": "r" * m, "answer": 1}
-                                               for n, m in ((1, 1), (900, 1), (800, 800), (1, 700))))
+    sizes = [(1, 1), (900, 1), (800, 800), (1, 700)]
+    path = write_lines(tmp_path / "a.jsonl", *(
+        {"prompt": "p" * n, "reasoning": "r" * m, "answer": 1} for n, m in sizes))
     pairs, note = data.load_labeled(path, text, 500, 600)
     longest = [len(text.encode_prompt("p" * 900)), len(text.encode_response("r" * 800, "1"))]
     assert len(pairs) == 1 and f"1 of 4 records of {path} are left" in note
@@ -1161,37 +1134,10 @@ def test_a_bad_line_is_named(line, reason, tmp_path, build):
 
 
 def test_a_file_without_records_is_named(tmp_path, build):
-    (tmp_path / "empty.jsonl").write_text("\n")
+    write_lines(tmp_path / "empty.jsonl", "")
     for name, wrong in (("empty", "is empty"), ("none", "cannot be read")):
         with pytest.raises(data.DataError, match=f"{name}.jsonl {wrong}"):
             data.load_unlabeled(tmp_path / f"{name}.jsonl", build("bytes", CHATML), 500)
-
-
-RECORDS = b"""{"prompt": "why?", "reasoning": "one\\ntwo", "answer": "18"}
-{"question": "And?", "answer": "9+9=<<9+9=18>>18\\n#### 18"}
-"""
-ODD_BYTES = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b"}", b'"', b"\\ud800", b"\r", b"\x85", b"NaN",
-             b"1e999", b"[" * 3000, b"9" * 9999, b"<<" * 9999, b"null", b'"answer": "Answer: x"',
-             "\ufdd0 \u2028é".encode()]
-
-
-def test_corrupted_files_give_records_or_a_one_line_error(tmp_path, build):
-    text, rng, outcomes = build("bytes", CHATML), random.Random(0), Counter()
-    for _ in range(60):
-        content = RECORDS
-        for _ in range(rng.choice([1, 2, 4])):
-            a = rng.randrange(len(content) + 1)
-            content = content[:a] + rng.choice(ODD_BYTES) + content[a + rng.choice([0, 0, 1, 9]):]
-        (tmp_path / "odd.jsonl").write_bytes(content)
-        try:
-            records, _ = data.load_labeled(tmp_path / "odd.jsonl", text, 512, 512)
-            for prompt, response in records:
-                assert max(prompt + response) <= text.end, "no token of our own"
-            outcomes["records"] += 1
-        except data.DataError as error:
-            assert "odd.jsonl" in str(error) and "\n" not in str(error)
-            outcomes["sentence"] += 1
-    assert outcomes["records"] > 5 and outcomes["sentence"] > 20, "or nothing was told apart"
 
 
 @pytest.fixture(scope="module")
