@@ -5,9 +5,9 @@ A *trace* is a prompt, K reasoning steps and an answer that follows a marker suc
 follows directly after the first k steps. *PRG* is the gain in support from p_0 to p_K, multiplied
 by the steadiness of that gain. The calibration measures compare confidence with correctness.
 
-Read this file down to "the same in one pass", which computes the support in one pass in place of
-K + 1 and is not needed to use PRG in your own code. Then read `Trainer.step` in train.py. This file
-is self-contained; copy it freely.
+The last part of the file computes the support in one pass instead of K+1. You do not need it to use
+PRG in your own code. This file is self-contained; copy it freely. Read it down to "the same in one
+pass", then `Trainer.step` in train.py.
 
 SPDX-License-Identifier: MIT
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 # -----------------------------------------------------------------------------
-# traces
+# traces, their support and PRG
 
 @dataclass
 class Trace:
@@ -53,9 +53,6 @@ class Trace:
         self.answer = self.tokens[self.answer_start:self.answer_end]
         self.response = self.tokens[self.cuts[0]:]
 
-
-# -----------------------------------------------------------------------------
-# support and PRG
 
 @torch.no_grad()
 def answer_support(model, traces: list[Trace]) -> tuple[Tensor, Tensor]:
@@ -113,8 +110,8 @@ def progressive_reasoning_gain(support: Tensor, mask: Tensor) -> Tensor:
 def final_support(support: Tensor, mask: Tensor) -> Tensor:
     """Return the final support p_K [B], the model's confidence in its answer, or 0 without one.
 
-    The support is a mean over tokens, and the last tokens of a long answer often follow from its
-    first ones. Long answers therefore look more certain than short ones.
+    The support is a geometric mean over tokens, and the last tokens of a long answer often follow
+    from its first ones. Long answers therefore look more certain than short ones.
     """
     last = (mask.sum(-1) - 1).clamp(min=0)
     return (support * mask).gather(-1, last[:, None])[:, 0]
@@ -273,13 +270,15 @@ def pack(traces: list[Trace], copies: bool, tokens: int = 2048, width: int = 102
 def lay_out(rows: list[list[Segment]], W: int, device) -> Packed:
     """Turn rows of segments into the tensors of a batch that is W slots wide."""
     ids, positions = [], []  # of each slot
-    predicted, slots, targets = [], [], []  # the segments with targets, and two fields of Packed
+    slots, targets = [], []  # of each token of a target
+    lengths, traces, cuts = [], [], []  # of each target
     sees = torch.zeros(len(rows), W, W, dtype=torch.bool)  # [B, query, key]
     for b, row in enumerate(rows):
         P = len(row[0].inputs)
         sees[b, :, :P] = True  # the prompt
+        padding = Segment([0] * (W - count_slots(row)))
         end = 0
-        for segment in [*row, Segment([0] * (W - count_slots(row)))]:  # the last one is padding
+        for segment in [*row, padding]:
             start = end
             end += len(segment.inputs)
             ids += segment.inputs
@@ -290,19 +289,18 @@ def lay_out(rows: list[list[Segment]], W: int, device) -> Packed:
             else:  # a copy also sees the reasoning before its cut
                 sees[b, start:end, reasoning:reasoning + segment.position - P] = True
             if segment.targets:
-                predicted.append(segment)
                 slots += range(len(ids) - len(segment.targets), len(ids))
                 targets += segment.targets
-    attention_mask = None
-    # If each row is one prompt and one response, causal attention is right without a mask.
-    if any(len(row) > 2 for row in rows):
-        attention_mask = sees.tril()[:, None].to(device)
+                lengths.append(len(segment.targets))
+                traces.append(segment.trace)
+                cuts.append(segment.cut)
     ids, positions = torch.tensor([ids, positions], device=device).view(2, len(rows), W)
     slots, targets = torch.tensor([slots, targets], device=device)
-    return Packed(ids, positions, attention_mask, slots, targets,
-                  lengths=[len(segment.targets) for segment in predicted],
-                  trace=[segment.trace for segment in predicted],
-                  cut=[segment.cut for segment in predicted])
+    # If each row is one prompt and one response, causal attention is right without a mask.
+    attention_mask = None
+    if any(len(row) > 2 for row in rows):
+        attention_mask = sees.tril()[:, None].to(device)
+    return Packed(ids, positions, attention_mask, slots, targets, lengths, traces, cuts)
 
 
 @torch.no_grad()

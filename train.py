@@ -298,7 +298,7 @@ class Policy(nn.Module):
         self.decoder = decoder
 
     def forward(self, batch: prg.Packed) -> tuple[Tensor, Tensor]:
-        """Return log pi of each token of n responses, [n, T] with 0 in the padding, and the mask."""
+        """Return log pi of the tokens of n responses, [n, T], with 0 in the padding, and a mask."""
         hidden = self.decoder.hidden_states(batch.input_ids, batch.position_ids,
                                             batch.attention_mask)  # [B, W, D]
         hidden = hidden.flatten(0, 1)[batch.slots]  # [tokens of responses, D]
