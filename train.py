@@ -14,6 +14,8 @@ PRG is the anchor a, and the PRG of a trace sets its weight v. Every step then d
     5. Compute the advantages A and lambda, and multiply A by lambda_q / lambda of its query q.
     6. Take one optimizer step on (1 - lambda) L_RD + lambda L_RLIF.
 
+Read hytuning.py and prg.py first, then `Trainer.step`, then data.py and model.py.
+
 SPDX-License-Identifier: MIT
 """
 import argparse
@@ -26,10 +28,8 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
-from datetime import timedelta
-from functools import partial
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ METHODS = ("rd", "rlif", "static", "votes", "hytuning")
 # The training files of the methods that do not need both.
 LEARNS_FROM = {"rd": ("labeled",), "rlif": ("unlabeled",)}
 
-# Settings that may change when a run is resumed.
+# Options that may change when a run is resumed.
 MAY_CHANGE = ("steps", "out", "resume", "save_every", "show", "device", "tokens_per_batch",
               "rollouts_per_batch", "checkpoint_activations")
 
@@ -68,93 +68,86 @@ GPU = dict(tokens_per_batch=16384, dtype="bfloat16")
 CPU = dict(tokens_per_batch=1024, dtype="float32")
 
 
+# If one of these types refuses a value, argparse says "invalid positive_int value: '0'".
+
+def positive_int(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="python train.py [options]", allow_abbrev=False,
-        description="Train with HyTuning. Without --model, run the toy task. See README.md.")
+        description="Train with HyTuning. Without --model, run the toy task. See README.md. "
+                    "Defaults are in parentheses.")
 
+    path = os.path.expanduser
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", help="folder of a Hugging Face checkpoint (default: the toy task)")
-    add("--labeled", help='JSONL file of {"prompt", "reasoning", "answer"}, or of GSM8K records')
-    add("--unlabeled", help='JSONL file of queries, {"prompt"}; answers are ignored')
-    add("--eval", help='JSONL file of held-out queries, {"prompt", "answer"}')
-    add("--max_labeled", type=int, help="traces to read; 0 means all (default: 0; toy: 16)")
-    add("--max_unlabeled", type=int, default=0, help="queries to read; 0 means all (default: 0)")
-    add("--max_eval", type=int, default=0, help="--eval records to read; 0 means all (default: 0)")
-    add("--max_prompt_tokens", type=int, help="skip longer prompts (default: 512; toy: 64)")
-    add("--max_new_tokens", type=int, help="skip or cut longer responses (default: 512; toy: 48)")
-    add("--marker", default=data.MARKER, help="text before the answer (default: %(default)s)")
-    add("--max_reasoning_steps", type=int, default=16,
-        help="merge lines into at most this many reasoning steps (default: %(default)s)")
+    add("--model", type=path, help="folder of a Hugging Face checkpoint (the toy task)")
+    add("--labeled", type=path, help='JSONL file of {"prompt", "reasoning", "answer"}, or GSM8K')
+    add("--unlabeled", type=path, help='JSONL file of {"prompt"}; answers are ignored')
+    add("--eval", type=path, help='JSONL file of held-out {"prompt", "answer"}')
+    add("--max_labeled", type=int, help="traces to read; 0 means all (0; toy: 16)")
+    add("--max_eval", type=int, default=0, help="--eval records to read; 0 means all (0)")
+    add("--max_prompt_tokens", type=positive_int, help="skip longer prompts (512; toy: 64)")
+    add("--max_new_tokens", type=positive_int, help="skip or cut longer responses (512; toy: 48)")
+    add("--marker", default=data.MARKER, help="text before the answer (%(default)s)")
 
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="hytuning",
         help="rd: supervised traces only; rlif: self-certainty only; static: half rd, half rlif; "
              "votes: rd and rlif mixed by lambda, self-certainty pooled by answer; hytuning: votes "
-             "weighted by PRG (default: %(default)s)")
-    add("--queries_per_step", type=int, default=16, help="for all processes (default: %(default)s)")
-    add("--group_size", type=int, default=8, help="G, rollouts per query (default: %(default)s)")
-    add("--traces_per_step", type=int, default=16, help="for all processes (default: %(default)s)")
-    add("--tau", type=float, default=0.5, help="temperature of the weight w (default: %(default)s)")
+             "weighted by PRG (%(default)s)")
+    add("--queries_per_step", type=positive_int, default=16, help="for all processes (%(default)s)")
+    add("--group_size", type=positive_int, default=8, help="G, rollouts per query (%(default)s)")
+    add("--traces_per_step", type=positive_int, default=16, help="for all processes (%(default)s)")
+    add("--tau", type=positive_float, default=0.5, help="temperature of weights (%(default)s)")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=int, default=100, help="training steps (default: %(default)s)")
-    add("--lr", type=float, help="learning rate of AdamW (default: 2e-6; toy: 4e-4)")
-    add("--max_grad_norm", type=float, default=1.0, help="clip gradients (default: %(default)s)")
-    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    add("--steps", type=positive_int, default=100, help="training steps (%(default)s)")
+    add("--lr", type=positive_float, help="learning rate of AdamW (2e-6; toy: 4e-4)")
+    add("--seed", type=int, default=0, help="random seed, 0 or more (%(default)s)")
 
     add = parser.add_argument_group("run").add_argument
-    add("--out", default="out/run", help="folder for all results (default: %(default)s)")
+    add("--out", type=path, default="out/run", help="folder for all results (%(default)s)")
     add("--resume", action="store_true", help="continue from the checkpoint in --out")
     add("--eval_only", action="store_true", help="evaluate --model without training")
-    add("--eval_samples", type=int, default=8, help="samples per query (default: %(default)s)")
-    add("--save_every", type=int, default=20, help="steps between saves (default: %(default)s)")
-    add("--show", type=int, default=3, help="examples to print at the end (default: %(default)s)")
-    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add("--eval_samples", type=positive_int, default=8, help="samples per query (%(default)s)")
+    add("--save_every", type=positive_int, default=20, help="steps between saves (%(default)s)")
+    add("--show", type=int, default=3, help="examples to print at the end (%(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda: one GPU for each process (%(default)s)")
     add("--dtype", choices=("float32", "bfloat16"),
-        help="data type of the forward pass (default: bfloat16 on a GPU, float32 on a CPU)")
-    add("--tokens_per_batch", type=int,
-        help="tokens of a forward pass, with padding (default: GPU 16384, CPU 1024; toy: 4096)")
-    add("--rollouts_per_batch", type=int, default=512,
-        help="rollouts that a process samples at a time (default: %(default)s)")
+        help="data type of the forward pass (bfloat16 on a GPU, float32 on a CPU)")
+    add("--tokens_per_batch", type=positive_int,
+        help="tokens of a forward pass, with padding (GPU 16384, CPU 1024; toy: 4096)")
+    add("--rollouts_per_batch", type=positive_int, default=512,
+        help="rollouts that a process samples at a time (%(default)s)")
     add("--checkpoint_activations", action="store_true",
         help="recompute activations in the backward pass to save memory; takes a third more time")
 
     args = parser.parse_args(argv)
-    check_arguments(args, parser)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for defaults in (REAL if args.model else TOY, CPU if args.device == "cpu" else GPU):
-        for name, value in defaults.items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
-    return args
-
-
-def check_arguments(args, parser):
-    may_be_0 = ("max_labeled", "max_unlabeled", "max_eval", "steps", "seed", "show")
-    for name, value in vars(args).items():
-        if value == "":
-            parser.error(f"--{name} is empty: give a value")
-        is_number = type(value) in (int, float)
-        if is_number and not (0 < value < math.inf or value == 0 and name in may_be_0):
-            least = "0 or more" if name in may_be_0 else "a positive number"
-            parser.error(f"--{name} cannot be {value}: give {least}")
-    if args.group_size == 1 and args.method != "rd":
+    if args.group_size == 1:
         parser.error("--group_size cannot be 1, since a group compares rollouts: give at least 2")
-    if not args.marker.strip() or "\n" in args.marker:
-        parser.error("--marker must be a single line that is not blank, such as 'Answer:'")
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if args.device and args.device not in devices:
-        parser.error(f"--device {args.device} is not available: PyTorch finds {', '.join(devices)}")
-    if args.eval_only and args.resume:
-        parser.error("--resume continues a training, which --eval_only leaves out: remove one")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU: use --device cpu")
     if not args.model and (args.eval_only or args.labeled or args.unlabeled or args.eval):
         parser.error("--model is missing: give the folder of a checkpoint")
     for name in files_needed(args):
         if args.model and not getattr(args, name):
             parser.error(f"--{name} is missing: give a JSONL file")
+    for defaults in (REAL if args.model else TOY, CPU if args.device == "cpu" else GPU):
+        for name, value in defaults.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+    return args
 
 
 def files_needed(args) -> tuple[str, ...]:
@@ -163,28 +156,38 @@ def files_needed(args) -> tuple[str, ...]:
     return LEARNS_FROM.get(args.method, ("labeled", "unlabeled"))
 
 
+def check_out(args):
+    """Raise UsageError if the run would overwrite one of its inputs, or files that no run wrote.
+
+    Every run begins with metrics.jsonl, so without it the other files are not from a run.
+    """
+    out = Path(args.out).resolve()
+    written = ["eval_only.json"]
+    if not args.eval_only:
+        written = ["metrics.jsonl", "checkpoint.pt", "eval.json", "model"]
+    for name in written:
+        for used in (args.model, args.labeled, args.unlabeled, args.eval):
+            if used and Path(used).resolve().is_relative_to(out / name):
+                raise UsageError(f"{used} lies where the run writes {name}: use another --out")
+        if not (out / written[0]).exists() and (out / name).exists():
+            raise UsageError(f"{out / name} would be replaced, but is not from a run: use another "
+                             "--out")
+
+
 # -----------------------------------------------------------------------------
 # processes
 
 def set_up_processes(args) -> tuple[int, int, torch.device]:
     """Return (rank, world size, device) of this process.
 
-    torchrun starts the processes. If one dies, torchrun reports its rank and ends the others. If
-    one hangs, they end after the timeout. Raises UsageError if a variable of torchrun is missing.
+    torchrun starts the processes and sets the variables. If a process dies, torchrun reports its
+    rank and ends the others. If one hangs, they end after the timeout.
     """
-    rank = 0
-    world_size = 1
-    device = torch.device(args.device)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                raise UsageError(f"the environment variable WORLD_SIZE is set, but {name} is not: "
-                                 "start several processes with torchrun, or unset WORLD_SIZE")
-        rank = int(os.environ["RANK"])
-        world_size = int(os.environ["WORLD_SIZE"])
-        if args.device == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda":
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         if args.dtype == "bfloat16":
             torch.set_float32_matmul_precision("high")  # use TF32 for float32 matmuls
@@ -192,10 +195,10 @@ def set_up_processes(args) -> tuple[int, int, torch.device]:
         # (pytorch issue 196678). It also builds a new plan for every shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
         # The other processes wait while rank 0 writes a checkpoint, so the timeout is long.
-        dist.init_process_group(backend, timeout=timedelta(minutes=30),
-                                device_id=device if device.type == "cuda" else None)
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo",
+                                device_id=device if args.device == "cuda" else None,
+                                timeout=timedelta(minutes=30))
     return rank, world_size, device
 
 
@@ -206,6 +209,14 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
+def from_rank_0(value):
+    """Return the value that rank 0 has in all processes."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -213,16 +224,24 @@ def barrier():
 
 def say(text: str):
     """Print a line on rank 0 without breaking a progress bar."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        tqdm.write(text)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    try:
+        with tqdm.external_write_mode():
+            print(text, flush=True)
+    except BrokenPipeError:
+        # Nobody reads the output any more, as after `| head`. The run goes on without it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 # -----------------------------------------------------------------------------
 # model and data
 
-def load_model(args, device) -> tuple[Decoder, data.Text]:
+def load_model(args, device, date: datetime) -> tuple[Decoder, data.Text]:
     model = load_pretrained(args.model, device)
-    text = data.Text(args.model, model.eos_ids, args.marker)
+    text = data.Text(args.model, model.eos_ids, args.marker, date)
+    if text.chat is None:
+        say(f"{args.model} has no chat template: prompts are plain text")
     if text.vocab_size > model.config.vocab_size:
         raise UsageError(f"{args.model}/tokenizer.json has more tokens than the vocab_size in "
                          "config.json: use the tokenizer that belongs to the model")
@@ -235,35 +254,37 @@ def load_data(args, text: data.Text, context: int):
     """Return the supervised traces, the unlabeled prompts and the held-out (prompt, question, gold
     answer) tuples. A list is empty if the run does not need it. Raises UsageError if a prompt and
     a response may together be longer than `context` tokens."""
-    traces = []
-    queries = []
-    held_out = []
     limit = args.max_prompt_tokens
-    if "labeled" in files_needed(args):
-        pairs, note = data.load_labeled(args.labeled, text, limit, args.max_new_tokens,
-                                        args.max_labeled)
-        report(note)
-        traces = [make_trace(text, prompt, response) for prompt, response in pairs]
-    if "unlabeled" in files_needed(args):
-        queries, note = data.load_unlabeled(args.unlabeled, text, limit)
-        report(note)
-    if args.eval:
-        held_out, note = data.load_eval(args.eval, text, limit, args.max_eval)
-        report(note)
     longest = limit + args.max_new_tokens
     if longest > context:
         raise UsageError(f"--max_prompt_tokens {limit} and --max_new_tokens {args.max_new_tokens} "
                          f"add up to {longest}, but {args.model} supports {context}: lower them")
+    traces = []
+    queries = []
+    held_out = []
+    notes = []
+    if "labeled" in files_needed(args):
+        pairs, note = data.load_labeled(args.labeled, text, limit, args.max_new_tokens,
+                                        args.max_labeled)
+        traces = [read_response(text, prompt, response)[0] for prompt, response in pairs]
+        notes.append(note)
+    if "unlabeled" in files_needed(args):
+        queries, note = data.load_unlabeled(args.unlabeled, text, limit)
+        notes.append(note)
+    if args.eval:
+        held_out, note = data.load_eval(args.eval, text, limit, args.max_eval)
+        notes.append(note)
+    for note in filter(None, notes):
+        say(note)
+    # Prompts are padded to the longest of a batch, so put those of similar length together.
+    held_out.sort(key=lambda query: len(query[0]))
     return traces, queries, held_out
 
 
-def report(note: str):
-    if note:
-        say(note)
-
-
-def make_trace(text: data.Text, prompt: list[int], response: list[int]) -> prg.Trace:
-    return prg.Trace(*text.parse(prompt, response)[0])
+def read_response(text: data.Text, prompt: list[int], response: list[int]):
+    """Return the trace of a response, and its answer or None."""
+    fields, answer = text.parse(prompt, response)
+    return prg.Trace(*fields), answer
 
 
 # -----------------------------------------------------------------------------
@@ -302,7 +323,6 @@ class Trainer:
         self.device = model.lm_head.weight.device
         self.dtype = getattr(torch, args.dtype)
         self.steps_done = 0
-        self.checksums = compute_checksums(args)  # once, since a file may change during the run
 
         self.model = model
         self.model.checkpoint_activations = args.checkpoint_activations
@@ -322,7 +342,7 @@ class Trainer:
         self.anchor = None
         self.v = torch.zeros(0, device=self.device)
         if self.traces:
-            PRG = self.compute_prg(self.traces)
+            PRG = self.compute_prg(self.traces)  # [n]
             self.anchor = PRG.mean().item()
             self.v = hytuning.trace_weights(args.method, PRG, self.anchor, args.tau)
 
@@ -335,19 +355,18 @@ class Trainer:
         clock = [self.now()]
 
         # 1. Sample a group of G rollouts for each query, and compute their self-certainty c.
-        share = self.share_of_batch(len(self.queries), args.queries_per_step, "queries")
-        queries = [self.queries[i] for i in share]
+        indices = self.draw_batch(len(self.queries), args.queries_per_step, "queries")
+        queries = [self.queries[i] for i in indices]
         seed = ("rollouts", args.seed, self.steps_done)
-        rollouts, c = self.sample(queries, args.group_size, seed)  # [N] each
+        rollouts, answers, c = self.sample(queries, args.group_size, seed)  # [N] each
         clock.append(self.now())
 
         # 2. Compute the PRG of each rollout under the frozen starting model.
-        gains, evidence = self.judge_traces(rollouts)  # [N] each; equal except for `support`
-        answers = [self.text.parse(x.prompt, x.response)[1] for x in rollouts]
-        answers = self.column(data.number_answers(answers, args.group_size))  # [N], -1 for none
+        PRG = self.compute_prg(rollouts)  # [N]
         clock.append(self.now())
 
         # 3. to 5. Compute w, r, e, A and lambda. To try another reward, change `learning_signals`.
+        answers = self.column(data.number_answers(answers, args.group_size))  # [N], -1 for none
         A, e = hytuning.learning_signals(args.method, c, PRG, answers, args.group_size,
                                          self.anchor, args.tau)  # [N] each
         earned, N_all = all_sum(self.column([e.sum(), len(e)])).tolist()  # over all processes
@@ -359,11 +378,14 @@ class Trainer:
         clock.append(self.now())
         self.steps_done += 1
 
-        columns = {"prg_rollouts": PRG, "self_certainty": c, "answered": answers >= 0,
-                   "undecided": A == 0,
-                   "response_length": self.column([len(x.response) for x in rollouts])}
+        answered = answers >= 0
+        lengths = self.column([len(x.response) for x in rollouts])
         line = {"step": self.steps_done, "lambda": lam, "loss_rd": L_RD, "grad_norm": grad_norm,
-                "anchor": self.anchor, **mean_over_rollouts(columns, N_all)}
+                "anchor": self.anchor, "prg_rollouts": mean_over_processes(PRG[answered]),
+                "self_certainty": mean_over_processes(c),
+                "answered": mean_over_processes(answered),
+                "undecided": mean_over_processes(A == 0),
+                "response_length": mean_over_processes(lengths)}
         for name, start, end in zip(("sampling", "judging", "update"), clock, clock[1:]):
             line[f"seconds_{name}"] = end - start
         return line
@@ -376,7 +398,7 @@ class Trainer:
         """
         indices = []
         if lam < 1:
-            indices = self.share_of_batch(len(self.traces), self.args.traces_per_step, "traces")
+            indices = self.draw_batch(len(self.traces), self.args.traces_per_step, "traces")
         traces = [self.traces[i] for i in indices]
         v = self.v[indices].float()
         tokens = all_sum(self.column([sum(len(x.response) for x in traces)])).clamp(min=1)
@@ -408,7 +430,7 @@ class Trainer:
             (hytuning.hytuning_loss(L_RD, L_RLIF, lam) * self.world_size).backward()
             total_RD += L_RD.detach()
 
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm).item()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         if not math.isfinite(norm):  # the same in all processes
             raise FloatingPointError(f"the gradient of step {self.steps_done + 1} is not finite: "
                                      "lower --lr")
@@ -416,7 +438,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=False)  # DDP's gradients are views of its buckets
         return all_sum(total_RD).item(), norm
 
-    def share_of_batch(self, total: int, size: int, stream: str) -> list[int]:
+    def restore(self, state: dict):
+        """Continue from the content of a checkpoint."""
+        self.model.load_state_dict(state["model"])
+        groups = self.optimizer.state_dict()["param_groups"]  # keeps this optimizer's flags
+        self.optimizer.load_state_dict({"state": state["moments"], "param_groups": groups})
+        self.steps_done = len(state["log"])
+
+    def draw_batch(self, total: int, size: int, stream: str) -> list[int]:
         """Return this process's indices in the step's batch of `size` out of `total` items.
 
         Each epoch is shuffled again and split into full batches; the remainder is dropped. `stream`
@@ -430,35 +459,36 @@ class Trainer:
         batch = rng.permutation(total)[place * size:(place + 1) * size]
         return batch[self.rank::self.world_size].tolist()
 
-    def sample(self, prompts, samples: int, seed, temperature: float = 1.0, progress: str = ""):
-        """Return N = len(prompts) x samples responses as traces, grouped by prompt, and their
-        self-certainty c [N]. `progress` is the title of a progress bar, or "" for none."""
+    def sample(self, prompts, samples: int, seed):
+        """Return N = len(prompts) x samples responses as traces, grouped by prompt, their answers
+        (None if there is none) and their self-certainty c [N]."""
         if self.sampling_model is not self.model:
             with torch.no_grad():
                 for copied, p in zip(self.sampling_model.parameters(), self.model.parameters()):
                     copied.copy_(p)
-        traces = [None] * (len(prompts) * samples)
-        certainty = torch.zeros(len(prompts), samples, dtype=torch.double, device=self.device)
-        # Prompts are padded to the longest of a batch, so put those of similar length together.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        traces = []
+        answers = []
+        certainty = [self.column([])]
         size = max(1, self.args.rollouts_per_batch // samples)
-        disable = True if self.rank or not progress else None  # None: shown on a terminal only
-        for start in tqdm(range(0, len(order), size), progress, leave=False, disable=disable):
-            batch = order[start:start + size]
+        for start in tqdm(range(0, len(prompts), size), "sampling", leave=False, delay=5,
+                          disable=self.rank > 0 or None):  # None: shown on a terminal only
+            batch = prompts[start:start + size]
             groups, means = generate(
-                self.sampling_model, [prompts[i] for i in batch], samples_per_prompt=samples,
-                max_new_tokens=self.args.max_new_tokens, temperature=temperature, seed=seed,
-                eos_ids=self.text.end_ids, statistic=hytuning.self_certainty)
-            certainty[batch] = means.double()
-            for i, group in zip(batch, groups):
-                for j, response in enumerate(group):
-                    traces[i * samples + j] = make_trace(self.text, prompts[i], response)
-        return traces, certainty.flatten()
+                self.sampling_model, batch, samples_per_prompt=samples,
+                max_new_tokens=self.args.max_new_tokens, seed=seed, eos_ids=self.text.end_ids,
+                statistic=hytuning.self_certainty)
+            certainty.append(means.double().flatten())
+            for prompt, group in zip(batch, groups):
+                for response in group:
+                    trace, answer = read_response(self.text, prompt, response)
+                    traces.append(trace)
+                    answers.append(answer)
+        return traces, answers, torch.cat(certainty)
 
-    def measure_support(self, judge: Decoder, traces) -> tuple[Tensor, Tensor]:
-        """Return the support and its mask, [N, K_max+1] each, of traces under the model `judge`."""
+    def measure_support(self, model: Decoder, traces) -> tuple[Tensor, Tensor]:
+        """Return the support and its mask, [N, K_max+1] each, of traces under a model."""
         with self.autocast():
-            support, mask = prg.packed_support(judge, traces, self.args.tokens_per_batch,
+            support, mask = prg.packed_support(model, traces, self.args.tokens_per_batch,
                                                self.device)
         return support.double(), mask
 
@@ -482,92 +512,92 @@ class Trainer:
         return time.perf_counter()
 
 
-def mean_over_rollouts(columns: dict[str, Tensor], N: float) -> dict[str, float | None]:
-    """Return the mean of each column over the N rollouts of all processes, or None if N is 0."""
-    sums = all_sum(torch.stack([column.double().sum() for column in columns.values()])).tolist()
-    return {name: total / N if N else None for name, total in zip(columns, sums)}
+def mean_over_processes(x: Tensor) -> float | None:
+    """Return the mean of the values x of all processes, or None if there are none."""
+    sums = torch.tensor([x.sum(), len(x)], dtype=torch.double, device=x.device)
+    total, number = all_sum(sums).tolist()
+    return total / number if number else None
 
 
 # -----------------------------------------------------------------------------
 # evaluation
 
-def answer_held_out(trainer: Trainer, held_out) -> dict[tuple, dict]:
-    """Return a dict from each held-out prompt, a tuple of token ids, to the results of the model.
+def answer_held_out(trainer: Trainer, held_out) -> list[dict]:
+    """Sample --eval_samples responses to each held-out query, and return a dictionary for each:
+    the question, the gold answer, the samples, and the vote, which is the most common answer.
 
-    The processes divide the prompts and exchange the results: the answers of the samples (None if
-    there is none), their confidence p_K (0 without an answer) and their PRG, the answer of greedy
-    decoding, and of the first sample its text and the support and the text of each step.
+    A sample has its answer (or None), whether it is right, its confidence p_K, its PRG, its trace
+    and its support. The confidence of a vote is its share of the samples. The processes divide the
+    queries and exchange the results.
     """
-    text = trainer.text
-    S = trainer.args.eval_samples
-    prompts = list(dict.fromkeys(tuple(prompt) for prompt, _, _ in held_out))
-    mine = [list(prompt) for prompt in prompts[trainer.rank::trainer.world_size]]
-    seed = ("evaluation", trainer.args.seed)
-    samples, _ = trainer.sample(mine, S, seed, progress="evaluating")
-    greedy, _ = trainer.sample(mine, 1, seed, temperature=0.0, progress="evaluating, greedy")
-    support, mask = trainer.measure_support(trainer.model, samples)
-    gains = prg.progressive_reasoning_gain(support, mask).tolist()
+    args = trainer.args
+    S = args.eval_samples
+    mine = held_out[trainer.rank::trainer.world_size]
+    prompts = [prompt for prompt, _, _ in mine]
+    traces, answers, _ = trainer.sample(prompts, S, ("evaluation", args.seed))
+    support, mask = trainer.measure_support(trainer.model, traces)
     confidence = prg.final_support(support, mask).clamp(max=1).tolist()
-    found = {}
-    for i, prompt in enumerate(mine):
-        group = range(i * S, (i + 1) * S)
-        first = samples[i * S]
-        steps = [text.decode(first.tokens[a:b]) for a, b in zip(first.cuts, first.cuts[1:])]
-        found[tuple(prompt)] = {
-            "answers": [text.parse([], samples[j].response)[1] for j in group],
-            "confidence": [confidence[j] for j in group], "prg": [gains[j] for j in group],
-            "greedy": text.parse([], greedy[i].response)[1], "text": text.decode(first.response),
-            "curve": list(zip(support[i * S].tolist(), ["(before any step)", *steps]))}
+    PRG = prg.progressive_reasoning_gain(support, mask).tolist()
+    found = []
+    for i, (_, question, gold) in enumerate(mine):
+        samples = []
+        for j in range(i * S, (i + 1) * S):
+            samples.append({"answer": answers[j], "right": is_right(answers[j], gold),
+                            "confidence": confidence[j], "prg": PRG[j],
+                            "trace": traces[j], "support": support[j].tolist()})
+        winner, fraction = data.majority(answers[i * S:(i + 1) * S])
+        vote = {"answer": winner, "right": is_right(winner, gold), "confidence": fraction}
+        found.append({"question": question, "gold": gold, "samples": samples, "vote": vote})
     if trainer.world_size > 1:
         parts = [None] * trainer.world_size
         dist.all_gather_object(parts, found)
-        for part in parts:
-            found.update(part)
+        found = [None] * len(held_out)
+        for rank, part in enumerate(parts):
+            found[rank::trainer.world_size] = part
     return found
-
-
-def evaluate(held_out, found: dict[tuple, dict]) -> dict:
-    """Return the measures of a model for eval.json. A query that is listed twice counts twice."""
-    samples = []  # (confidence, whether right) of every sample
-    votes = []  # the same for the majority answer to every query
-    greedy = []
-    answers = []
-    gains = []
-    wins = []  # for each right and wrong sample of a query: whether the right one has more PRG
-    for prompt, _, gold in held_out:
-        entry = found[tuple(prompt)]
-        right = [is_right(answer, gold) for answer in entry["answers"]]
-        samples += zip(entry["confidence"], right)
-        winner, share = data.majority(entry["answers"])
-        votes.append((share, is_right(winner, gold)))
-        greedy.append(is_right(entry["greedy"], gold))
-        answers += entry["answers"]
-        gains += entry["prg"]
-        gains_right = []
-        gains_wrong = []
-        for answer, gain, correct in zip(entry["answers"], entry["prg"], right):
-            if correct:
-                gains_right.append(gain)
-            elif answer is not None:
-                gains_wrong.append(gain)
-        wins += [(a > b) + (a == b) / 2 for a in gains_right for b in gains_wrong]
-    return {"sample": measure_confidence(samples), "vote": measure_confidence(votes),
-            "greedy_accuracy": sum(greedy) / len(greedy),
-            "answered": 1 - answers.count(None) / len(answers),
-            "prg": sum(gains) / len(gains),
-            "prg_wins": sum(wins) / len(wins) if wins else None, "n": len(held_out),
-            "reliability": prg.reliability(*zip(*samples))}
 
 
 def is_right(answer: str | None, gold: str) -> bool:
     return answer is not None and data.answers_match(answer, gold)
 
 
-def measure_confidence(pairs) -> dict:
-    """Return measures of (confidence, whether right) pairs, with None for undefined ones."""
-    confidence, correct = torch.tensor(pairs, dtype=torch.double).T
+def evaluate(found: list[dict]) -> dict:
+    """Return the measures of a model for eval.json, from the result of `answer_held_out`."""
+    samples = []
+    wins = []  # for each right and wrong sample of a query: whether the right one has more PRG
+    for query in found:
+        samples += query["samples"]
+        answered = [x for x in query["samples"] if x["answer"] is not None]
+        right = [x["prg"] for x in answered if x["right"]]
+        wrong = [x["prg"] for x in answered if not x["right"]]
+        wins += [(a > b) + (a == b) / 2 for a in right for b in wrong]
+    answered = [x for x in samples if x["answer"] is not None]
+    return {"sample": measure_confidence(samples, len(found)),
+            "vote": measure_confidence([query["vote"] for query in found], len(found)),
+            "queries": len(found), "samples": len(samples),
+            "answered": len(answered) / len(samples),
+            "prg": sum(x["prg"] for x in answered) / len(answered) if answered else None,
+            "prg_wins": sum(wins) / len(wins) if wins else None, "prg_pairs": len(wins),
+            "reliability": prg.reliability([x["confidence"] for x in answered],
+                                           [x["right"] for x in answered])}
+
+
+def measure_confidence(items: list[dict], queries: int) -> dict:
+    """Return measures of samples or votes, which list the queries one after the other.
+
+    A missing answer counts as wrong in the accuracy; the measures of confidence leave it out. The
+    standard error takes the queries as independent, but not the samples of a query. A measure that
+    is undefined is None.
+    """
+    right = torch.tensor([x["right"] for x in items], dtype=torch.double)
+    variance = right.view(queries, -1).mean(1).var(correction=0)  # of the accuracy on a query
+    answered = [x for x in items if x["answer"] is not None]
+    confidence = torch.tensor([x["confidence"] for x in answered], dtype=torch.double)
+    correct = torch.tensor([x["right"] for x in answered], dtype=torch.double)
     measures = {
-        "accuracy": correct.mean().item(), "confidence": confidence.mean().item(),
+        "accuracy": right.mean().item(),
+        "standard_error": (variance / (queries - 1)).sqrt().item(),
+        "confidence": confidence.mean().item(),
         "confidence_when_wrong": confidence[correct == 0].mean().item(),
         "ece": prg.expected_calibration_error(confidence, correct),
         "brier": prg.brier_score(confidence, correct), "auroc": prg.auroc(confidence, correct)}
@@ -576,149 +606,120 @@ def measure_confidence(pairs) -> dict:
 
 def print_results(results: dict):
     """Print the measures of each model, and the reliability diagrams of their samples."""
-    print("\nsample: one response; its confidence p_K is the probability that the evaluated model\n"
-          "        gives to its answer after its reasoning\n"
-          "vote:   the most common answer; its confidence is its share of the samples")
-    print(f"\n{'':22}" + "".join(f"{name:>16}" for name in results))
-    print(f"{'':22}" + f"{'sample':>9}{'vote':>7}" * len(results))
     last = list(results.values())[-1]
+    say("\nsample: one response; its confidence p_K is the probability that the evaluated model\n"
+        "        gives to its answer after its reasoning\n"
+        "vote:   the most common answer to a query; its confidence is its share of the samples\n"
+        f"There are {last['samples']} samples of {last['queries']} queries. The accuracy counts "
+        "missing answers as\nwrong, and the other measures leave them out.")
+    say(f"\n{'':22}" + "".join(f"{name:>16}" for name in results))
+    say(f"{'':22}" + f"{'sample':>9}{'vote':>7}" * len(results))
     for measure in last["sample"]:
         row = f"{measure:22}"
         for result in results.values():
             row += f"{show(result['sample'][measure]):>9}{show(result['vote'][measure]):>7}"
-        print(row)
-    for measure in ("greedy_accuracy", "answered", "prg", "prg_wins"):
-        print(f"{measure:22}" + "".join(f"{show(r[measure]):>9}{'':7}" for r in results.values()))
-    if last["answered"] == 0:
-        print("\nwarning: no response has a readable answer, so confidence means nothing: raise "
-              "--max_new_tokens, or train with --method rd first")
+        say(row)
+    for measure in ("answered", "prg", "prg_wins", "prg_pairs"):
+        say(f"{measure:22}" + "".join(f"{show(r[measure]):>9}{'':7}" for r in results.values()))
     for name, result in results.items():
-        print(f"\n{name}: confidence (|) and accuracy (#) of the samples in each bin of confidence")
+        say(f"\n{name}: confidence (|) and accuracy (#) of the samples in each bin of confidence")
         for confidence, accuracy, number in result["reliability"]:
             bar = list(f"{'#' * round(40 * accuracy):41}")
             bar[round(40 * confidence)] = "|"
-            print(f"  {confidence:4.2f}  {''.join(bar)}  {accuracy:4.2f} of {number}")
+            say(f"  {confidence:4.2f}  {''.join(bar)}  {accuracy:4.2f} of {number}")
 
 
-def show(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def show(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return str(value)
+    return f"{round(value, 3) + 0.0:.3f}"  # + 0.0 turns -0.0 into 0.0
 
 
-def print_examples(held_out, found: dict[tuple, dict], number: int, anchor: float | None):
-    """Print held-out queries with the support after each step of their first sample. The first
-    query is one whose majority answer is wrong, if there is one."""
-    def majority_is_right(query):
-        prompt, _, gold = query
-        winner, _ = data.majority(found[tuple(prompt)]["answers"])
-        return is_right(winner, gold)
-
-    wrong = [query for query in held_out if not majority_is_right(query)][:1]
-    others = [query for query in held_out if query not in wrong]
-    for prompt, question, gold in (wrong + others)[:number]:
-        entry = found[tuple(prompt)]
-        S = len(entry["answers"])
-        print(f"\n{question}\n  sample 1 of {S}, with the support of its answer under this model:")
-        if entry["answers"][0] is None:
-            print(f"  {entry['text']}\n  (no answer: this response is cut off or has no marker)")
+def print_examples(text: data.Text, found: list[dict]):
+    """Print held-out queries with the support after each step of their first sample."""
+    for query in found:
+        S = len(query["samples"])
+        sample = query["samples"][0]
+        trace = sample["trace"]
+        say(f"\n{query['question']}\n  sample 1 of {S}:")
+        if sample["answer"] is not None:
+            steps = [text.decode(trace.tokens[a:b]) for a, b in zip(trace.cuts, trace.cuts[1:])]
+            for p, step in zip(sample["support"], ["(before any step)", *steps]):
+                say(f"  p = {p:4.2f} {'#' * round(20 * p):20s} {' '.join(step.split())}")
+            verdict = "right" if sample["right"] else "wrong"
+            say(f"  answer: {sample['answer']} ({verdict}); PRG {show(sample['prg'])}")
+        elif trace.tokens[-1] in text.end_ids:
+            say(f"  {text.decode(trace.response)}\n  (no answer: there is none behind a marker)")
         else:
-            for p, step in entry["curve"]:
-                print(f"  p = {p:4.2f} {'#' * round(20 * p):20s} {' '.join(step.split())}")
-            verdict = "right" if is_right(entry["answers"][0], gold) else "wrong"
-            print(f"  answer: {entry['answers'][0]} ({verdict}); PRG {show(entry['prg'][0])} "
-                  f"(anchor under the starting model: {show(anchor)})")
-        winner, share = data.majority(entry["answers"])
-        print(f"  majority: {winner} ({round(share * S)} of {S} samples); right answer: {gold}")
+            say(f"  {text.decode(trace.response)}\n  (no answer: cut off at --max_new_tokens)")
+        votes = round(query["vote"]["confidence"] * S)
+        say(f"  majority: {query['vote']['answer']} ({votes} of {S} samples); right answer: "
+            f"{query['gold']}")
 
 
 # -----------------------------------------------------------------------------
 # checkpoints
 
-def atomic_write(path: Path, write):
-    """Call write(temporary path), then rename the result to `path`.
-
-    If anything fails, an older file at `path` is left as it was and the temporary file is removed.
-    Raises OSError if the file cannot be written.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError from torch.save
-        raise OSError(f"{path} cannot be written ({error}): check the folder's "
-                      "permissions and the space on the disk") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_checkpoint(trainer: Trainer, base: dict | None):
-    """On rank 0, write checkpoint.pt, which has everything that a resumed run needs."""
-    path = Path(trainer.args.out, "checkpoint.pt")
-    if trainer.rank == 0:
-        state = {"model": trainer.model.state_dict(),
-                 "moments": trainer.optimizer.state_dict()["state"],
-                 "steps_done": trainer.steps_done, "base": base, "args": vars(trainer.args),
-                 "checksums": trainer.checksums}
-        atomic_write(path, lambda temporary: torch.save(state, temporary))
-    barrier()
-
-
-def load_checkpoint(trainer: Trainer) -> dict | None:
-    """Restore the checkpoint in --out, if there is one, and return the base model's evaluation.
-    Raises UsageError if the checkpoint is damaged or was made with other settings or data."""
-    path = Path(trainer.args.out, "checkpoint.pt")
-    found = all_sum(torch.tensor(float(path.is_file()), device=trainer.device)).item()
-    if found == 0:
-        say(f"there is no checkpoint in {trainer.args.out}: the run starts from the beginning")
-        return None
-    if found < trainer.world_size:
-        raise UsageError(f"{path} is not visible from every machine: use an --out on a shared disk")
-    try:
-        # With mmap, the processes of a machine share one copy in memory.
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch.load raises errors of many types for a damaged file
-        reason = str(error).split("\n")[0]
-        raise UsageError(f"{path} cannot be read ({reason}): remove it, or use another "
-                         "--out") from None
-    for name, now in vars(trainer.args).items():
-        before = state["args"].get(name)
-        if before != now and name not in MAY_CHANGE:
-            raise UsageError(f"{path} was made with --{name} {before}, not {now}: use the same "
-                             "value, or another --out")
-    for name, checksum in trainer.checksums.items():
-        if state["checksums"][name] != checksum:
-            raise UsageError(f"{name} has changed since {path} was made: restore it, or use "
-                             "another --out")
-    trainer.model.load_state_dict(state["model"])
-    groups = trainer.optimizer.state_dict()["param_groups"]  # keeps this optimizer's flags
-    trainer.optimizer.load_state_dict({"state": state["moments"], "param_groups": groups})
-    trainer.steps_done = state["steps_done"]
-    say(f"resuming after step {trainer.steps_done} of {trainer.args.steps}")
-    return state["base"]
-
-
-def compute_checksums(args) -> dict[str, str]:
-    """Return the checksum of each data file that the run reads."""
+def describe_run(args) -> dict:
+    """Return what must not change when a run is resumed: the options, and the checksum of each file
+    of the model and the data."""
+    settings = {f"--{name}": x for name, x in vars(args).items() if name not in MAY_CHANGE}
     paths = [getattr(args, name) for name in (*files_needed(args), "eval")]
-    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if path}
+    for pattern in ("*.json", "*.jinja", "*.safetensors"):
+        paths += Path(args.model).glob(pattern)
+    for path in paths:
+        if path and Path(path).is_file():
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while chunk := file.read(2**20):
+                    digest.update(chunk)
+            settings[str(path)] = digest.hexdigest()[:16]
+    return settings
+
+
+def save_checkpoint(trainer: Trainer, run: dict):
+    """Write checkpoint.pt, which has everything that a resumed run needs: `run`, the weights and
+    the moments of the optimizer. The model and the evaluation of an earlier run are removed."""
+    out = Path(trainer.args.out)
+    state = {**run, "model": trainer.model.state_dict(),
+             "moments": trainer.optimizer.state_dict()["state"]}
+    torch.save(state, out / "checkpoint.pt.tmp")
+    os.replace(out / "checkpoint.pt.tmp", out / "checkpoint.pt")  # leaves no half-written file
+    (out / "eval.json").unlink(missing_ok=True)
+    shutil.rmtree(out / "model", ignore_errors=True)
+
+
+def read_checkpoint(args, run: dict) -> dict:
+    """Return the content of the checkpoint in --out, or `run` if there is none. Raises UsageError
+    if it was made with other settings or other files."""
+    path = Path(args.out, "checkpoint.pt")
+    if not from_rank_0(path.is_file()):
+        say(f"there is no checkpoint in {args.out}: the run starts from the beginning")
+        return run
+    # With mmap, the processes of a machine share one copy in memory.
+    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    for name in sorted(run["settings"] | state["settings"]):
+        before = state["settings"].get(name)
+        now = run["settings"].get(name)
+        if before != now:
+            raise UsageError(f"{path} was made with another {name} ({before}, not {now}): use the "
+                             "same, or another --out")
+    say(f"resuming after step {len(state['log'])}")
+    return state
+
+
+def write_folder(folder: Path, write):
+    """Call write(temporary folder), then put the result in the place of `folder`."""
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    write(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 # -----------------------------------------------------------------------------
 # the toy
-
-def build_folder(folder: Path, build, rank: int):
-    """On rank 0, build `folder` under a temporary name and rename it, unless it exists already."""
-    if rank == 0 and not folder.exists():
-        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-        try:
-            build(temporary)
-            os.replace(temporary, folder)
-        except OSError:
-            if not folder.exists():  # otherwise another process has built it
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    barrier()
-
 
 def train_toy_base(folder: Path, device: torch.device):
     """Train the base model of the toy task on careless traces, and save it to `folder`."""
@@ -743,7 +744,7 @@ def train_toy_base(folder: Path, device: torch.device):
             record = toy.record(rng, careless=True)
             prompt = text.encode_prompt(record["prompt"])
             response = text.encode_response(record["reasoning"], record["answer"])
-            traces.append(make_trace(text, prompt, response))
+            traces.append(read_response(text, prompt, response)[0])
         batch, = prg.pack(traces, copies=False, tokens=2**20, device=device)
         logprobs, mask = policy(batch)
         hytuning.distillation_loss(logprobs, mask, mask.sum()).backward()
@@ -759,9 +760,14 @@ def set_up_toy(args, rank: int, device: torch.device):
     # More threads would make so small a model slower, especially on a busy machine.
     torch.set_num_threads(1)
     base = Path("out/toy")
-    build_folder(base, partial(train_toy_base, device=device), rank)
     records = base / f"data-{args.seed}"
-    build_folder(records, partial(data.Triage().write_records, seed=args.seed), rank)
+    if base.exists():
+        say(f"using the toy in {base}: remove it to build it anew")
+    if rank == 0 and not base.exists():
+        write_folder(base, lambda folder: train_toy_base(folder, device))
+    if rank == 0 and not records.exists():
+        write_folder(records, lambda folder: data.Triage().write_records(folder, args.seed))
+    barrier()
     args.model = str(base)
     args.labeled = str(records / "labeled.jsonl")
     args.unlabeled = str(records / "unlabeled.jsonl")
@@ -781,39 +787,46 @@ def main(argv=None) -> bool:
     rank, world_size, device = set_up_processes(args)
     if not args.model:
         set_up_toy(args, rank, device)
+    check_out(args)
     out = Path(args.out)
-    if not args.eval_only and Path(args.model).resolve() == (out / "model").resolve():
-        raise UsageError(f"--model {args.model} would be overwritten: use another --out")
-    model, text = load_model(args, device)
+    out.mkdir(parents=True, exist_ok=True)
+    # What a checkpoint has besides tensors: the settings, the date that templates print, the
+    # evaluation of the starting model, and the lines of metrics.jsonl, one for each step.
+    run = {"settings": describe_run(args) if rank == 0 else None,
+           "date": datetime.now().isoformat(), "base": None, "log": []}
+    run = from_rank_0(run)
+    if args.resume:
+        run = read_checkpoint(args, run)
+    model, text = load_model(args, device, datetime.fromisoformat(run["date"]))
     traces, queries, held_out = load_data(args, text, model.config.context)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be created ({error.strerror}): give another "
-                         "folder") from None
     trainer = Trainer(args, model, text, traces, queries, rank, world_size)
     results = {}
     finished = True
     if not args.eval_only:
-        base = load_checkpoint(trainer) if args.resume else None
-        log = open_log(out, trainer.steps_done) if rank == 0 else None
-        if held_out and base is None:
-            base = evaluate(held_out, answer_held_out(trainer, held_out))
-        results["base"] = base
-        finished = train(trainer, base, log)
+        if "model" in run:
+            trainer.restore(run)
+        elif (out / "checkpoint.pt").exists():
+            say(f"the first save will replace the earlier run in {out}, which --resume continues")
         if rank == 0:
-            save_pretrained(model, out / "model", args.model)
+            (out / "metrics.jsonl").write_text("".join(run["log"]))
+        if held_out and run["base"] is None:
+            run["base"] = evaluate(answer_held_out(trainer, held_out))
+        results["base"] = run["base"]
+        finished = train(trainer, run)
+        if rank == 0:
+            write_folder(out / "model", lambda folder: save_pretrained(model, folder, args.model))
             say(f"the model is in {out / 'model'}, the log in {out / 'metrics.jsonl'}")
         if not finished:
             say(f"stopped after step {trainer.steps_done}: add --resume to the command to continue")
     if finished and held_out:
         found = answer_held_out(trainer, held_out)
-        results["model" if args.eval_only else "final"] = evaluate(held_out, found)
+        results["model" if args.eval_only else "final"] = evaluate(found)
         if rank == 0:
             name = "eval_only.json" if args.eval_only else "eval.json"
-            atomic_write(out / name, lambda path: path.write_text(json.dumps(results, indent=2)))
+            (out / name).write_text(json.dumps(results, indent=2))
             print_results(results)
-            print_examples(held_out, found, args.show, trainer.anchor)
+            found.sort(key=lambda query: query["vote"]["right"])  # wrong ones first
+            print_examples(text, found[:args.show])
             say(f"\nthe results are in {out / name}")
     if dist.is_initialized():
         # Wait until rank 0 has written its files. The pause lets gloo's threads release their
@@ -825,69 +838,57 @@ def main(argv=None) -> bool:
     return finished
 
 
-def train(trainer: Trainer, base: dict | None, log) -> bool:
+def train(trainer: Trainer, run: dict) -> bool:
     """Take the remaining steps, log them and save; return False if a signal stopped the run."""
     args = trainer.args
     if args.method == "hytuning" and trainer.anchor < 0.05:
-        say(f"warning: under {args.model} the mean PRG of the supervised traces is only "
-            f"{trainer.anchor:.3f}: if the model has not learned the answer format, train it with "
-            "--method rd first; if it has learned these traces by heart, use other traces")
+        say(f"warning: the mean PRG of the supervised traces is only {trainer.anchor:.3f}: if "
+            f"{args.model} has not learned the answer format, train it with --method rd first; if "
+            "it has learned these traces by heart, use other traces")
+    size = 12 * sum(p.numel() for p in trainer.model.parameters())  # weights and two moments
+    say(f"a checkpoint of {size / 1e6:.0f} MB is saved every {args.save_every} steps")
     stopping = False
     bar = tqdm(total=args.steps, initial=trainer.steps_done, desc=args.method,
                disable=trainer.rank > 0 or None)  # None: shown on a terminal only
-    with note_signals() as signals, bar:
+    with note_signals(trainer) as signals, bar:
         while trainer.steps_done < args.steps and not stopping:
             line = trainer.step()
-            if log is not None:
-                log.write(json.dumps(line) + "\n")
-                log.flush()
+            run["log"].append(json.dumps(line) + "\n")
+            if trainer.rank == 0:
+                with open(Path(args.out, "metrics.jsonl"), "a") as file:
+                    file.write(run["log"][-1])
+            bar.set_postfix_str(f"loss_rd {line['loss_rd']:.3f}", refresh=False)
             bar.update()
             # A signal may have reached only some of the processes.
             stopping = all_sum(torch.tensor(len(signals), device=trainer.device)).item() > 0
             step = trainer.steps_done
             if stopping or step % args.save_every == 0 or step == args.steps:
-                save_checkpoint(trainer, base)
-                say(f"step {step} of {args.steps} saved: lambda {line['lambda']:.2f}, PRG of "
-                    f"rollouts {show(line['prg_rollouts'])}, anchor {show(line['anchor'])}")
+                if trainer.rank == 0:
+                    save_checkpoint(trainer, run)
+                say(f"step {step} of {args.steps} saved: loss_rd {line['loss_rd']:.3f}, lambda "
+                    f"{line['lambda']:.2f}, PRG of rollouts {show(line['prg_rollouts'])}, anchor "
+                    f"{show(line['anchor'])}")
                 if line["answered"] == 0:
-                    say("warning: no rollout ends with a readable answer: raise --max_new_tokens, "
-                        "or teach the format with --method rd first; if there were answers before, "
-                        "lower --lr")
+                    say("warning: no rollout has a readable answer: raise --max_new_tokens, lower "
+                        "--lr, or teach the format with --method rd first")
     return not stopping
 
 
-def open_log(out: Path, steps_done: int):
-    """Open metrics.jsonl for appending, and keep only the lines of the first `steps_done` steps.
-
-    A new run also removes the checkpoint and the evaluation of an earlier run in its folder.
-    """
-    path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if not steps_done:
-        if path.exists():
-            say(f"the earlier run in {out} is replaced")
-        (out / "checkpoint.pt").unlink(missing_ok=True)
-        (out / "eval.json").unlink(missing_ok=True)
-    kept = "".join(lines[:steps_done])
-    atomic_write(path, lambda temporary: temporary.write_text(kept))
-    return open(path, "a")
-
-
 @contextlib.contextmanager
-def note_signals():
+def note_signals(trainer: Trainer):
     """Collect SIGINT and SIGTERM in a list, so that the current step can be finished and saved.
-    A second signal of the same kind has its usual effect."""
+    A second signal of the same kind ends the process."""
     received = []
-    handlers = {}
 
     def note(number, frame):
         received.append(number)
-        signal.signal(number, handlers[number])
+        signal.signal(number, signal.SIG_DFL)
+        if trainer.rank == 0:  # os.write, since the signal may have interrupted a call of print
+            os.write(2, f"\nfinishing step {trainer.steps_done + 1}, then saving; press Ctrl-C "
+                        "again to abort\n".encode())
 
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                handlers[number] = signal.signal(number, note)
         yield received
     finally:
         for number, handler in handlers.items():
@@ -895,9 +896,8 @@ def note_signals():
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        # Escape the characters that the encoding of the terminal does not have.
-        stream.reconfigure(errors="backslashreplace")
+    # Escape the characters that the encoding of the terminal does not have.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         finished = main()
     except KeyboardInterrupt:
