@@ -6,7 +6,7 @@ unlabeled query and rewards those of which the policy itself is certain. For rol
 running over the rollouts to the same query that give the same answer:
 
     c_j = mean over its tokens of KL(U || pi)                    self-certainty; U is uniform
-    w_j = 2 sigmoid(min((PRG_j - a) / max(a, 0.05), 0) / tau)    weight; 0 without an answer
+    w_j = min(max(PRG_j, 0) / a, 1)^2                            weight; 0 without an answer
     r_j = (1/G) sum_{i~j} w_i c_i                                reward
     e_j = (1/G) sum_{i~j} w_i                                    earned share: weighted votes
     A_j = (r_j - mean of the group) / (std of the group + 1e-4)  advantage
@@ -19,9 +19,9 @@ running over the rollouts to the same query that give the same answer:
 So a query counts in RLIF in proportion to lambda_q, and RD counts more while the rollouts disagree
 or their PRG is below that of the traces.
 
-PRG (see prg.py) measures how much and how steadily the reasoning raises the probability of the
-answer. The anchor a is the mean PRG of the supervised traces. Since traces may also be wrong, each
-of them is weighted in L_RD by v = w / (mean of w over the traces).
+PRG (see prg.py) measures how early the reasoning supports its answer, and whether it has raised
+that support. The anchor a is the mean PRG of the supervised traces. Since traces may also be wrong,
+each of them is weighted in L_RD by v = w / (mean of w over the traces).
 
 Only the log-probabilities of tokens in the two losses have a gradient; w, v, c, r, e, A and lambda
 are constants. This file is self-contained; copy it freely. Read prg.py next.
@@ -55,17 +55,14 @@ def self_certainty(logits: Tensor) -> Tensor:
 # -----------------------------------------------------------------------------
 # weights, pooling, advantages
 
-def adaptive_weights(prg: Tensor, anchor, tau: float = 0.5) -> Tensor:
-    """Return w_j = 2 sigmoid(min((PRG_j - a) / max(a, 0.05), 0) / tau), [N] in (0, 1].
+def adaptive_weights(prg: Tensor, anchor: float) -> Tensor:
+    """Return w_j = min(max(PRG_j, 0) / a, 1)^2, [N] in [0, 1].
 
-    prg [N] is the PRG of each rollout and the anchor a (a number) the mean PRG of the supervised
-    traces. The weight is 1 from the anchor upwards, since very steady gains usually come from
-    repetitive lines. A larger tau makes it fall more slowly below the anchor. The floor of 0.05
-    keeps the weight from becoming a step function if the anchor is near or below 0.
+    prg [N] is the PRG of each rollout and the anchor a the mean PRG of the supervised traces. A
+    rollout that reasons as well as the traces do has weight 1, and one with half of their PRG has
+    1/4. The weight does not grow beyond the anchor, so repeating the conclusion earns nothing.
     """
-    anchor = torch.as_tensor(anchor, dtype=prg.dtype, device=prg.device)
-    shortfall = ((prg - anchor) / anchor.clamp(min=0.05)).clamp(max=0)
-    return (2 * (shortfall / tau).sigmoid()).detach()
+    return (prg / max(anchor, 1e-6)).clamp(0, 1).square().detach()
 
 
 def pool_by_answer(values: Tensor, answers: Tensor, group_size: int) -> Tensor:
@@ -100,8 +97,7 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
 # the methods
 
 def learning_signals(method: str, certainty: Tensor, prg: Tensor | None, answers: Tensor,
-                     group_size: int, anchor: float | None = None,
-                     tau: float = 0.5) -> tuple[Tensor, Tensor]:
+                     group_size: int, anchor: float | None = None) -> tuple[Tensor, Tensor]:
     """Return the advantages A [N] and the earned shares e [N] of the rollouts of a training step.
 
     The groups of `group_size` rollouts follow one another. certainty [N] is c. answers [N] are
@@ -127,7 +123,7 @@ def learning_signals(method: str, certainty: Tensor, prg: Tensor | None, answers
         # one vote; in `hytuning`, its vote is multiplied by its weight.
         w = (answers >= 0).to(c.dtype)
         if method == "hytuning":
-            w = w * adaptive_weights(prg, anchor, tau)
+            w = w * adaptive_weights(prg, anchor)
         r = pool_by_answer(w * c, answers, group_size)
         e = pool_by_answer(w, answers, group_size)
     else:
@@ -145,11 +141,11 @@ def weigh_queries(advantages: Tensor, earned: Tensor, lam: float, group_size: in
     return advantages * lam_q / max(lam, 1e-9)
 
 
-def trace_weights(method: str, prg: Tensor, anchor: float, tau: float = 0.5) -> Tensor:
+def trace_weights(method: str, prg: Tensor, anchor: float) -> Tensor:
     """Return the weights v [n] of the supervised traces in L_RD (mean 1), from their PRG [n]."""
-    if method != "hytuning":
+    w = adaptive_weights(prg, anchor)
+    if method != "hytuning" or w.sum() == 0:
         return torch.ones_like(prg)
-    w = adaptive_weights(prg, anchor, tau)
     return w / w.mean()
 
 

@@ -2,8 +2,8 @@
 
 A *trace* is a prompt, K reasoning steps and an answer that follows a marker such as "Answer:". Its
 *support* p_k is the probability of the answer (the geometric mean over its tokens) if the marker
-follows directly after the first k steps. *PRG* is the gain in support from p_0 to p_K, multiplied
-by the steadiness of that gain. The calibration measures compare confidence with correctness.
+follows directly after the first k steps. *PRG* says how early the steps support the answer, and
+whether they raise its support. The calibration measures compare confidence with correctness.
 
 The last part of the file computes the support in one pass instead of K+1. You do not need it to use
 PRG in your own code. This file is self-contained; copy it freely. Read it down to "the same in one
@@ -88,23 +88,25 @@ def answer_support(model, traces: list[Trace]) -> tuple[Tensor, Tensor]:
 
 
 def progressive_reasoning_gain(support: Tensor, mask: Tensor) -> Tensor:
-    """Return PRG [B], in [-1, 1], from the support p and its mask, [B, K_max+1] each.
+    """Return PRG [B], in [-1/2, 1], from the support p and its mask, [B, K_max+1] each.
 
-        g_k = p_k - p_{k-1},   D = p_K - p_0,   steadiness = D^2 / (K * sum_k g_k^2)
-        PRG = D * steadiness
+        s_0 = p_0,   s_k = s_{k-1} + (p_k - s_{k-1}) / 3,   PRG = s_K - p_0 / 2
 
-    By the Cauchy-Schwarz inequality the steadiness lies in [0, 1]. It is 1 if every step adds the
-    same and 1/K if only one step changes the support. PRG is 0 if the support never changes, and
-    -1 for a trace without an answer. The name and the idea are HyTuning's (arXiv 2604.08454); the
-    formula is this project's own.
+    The running support s follows p slowly, so an early and lasting rise counts more than one in the
+    last step: PRG = p_0 / 2 + sum_k (1 - (2/3)^(K-k+1)) (p_k - p_{k-1}). How many steps there are
+    does not matter to this. Support before the first step counts half, since it may be knowledge or
+    a prejudice: PRG cannot tell a known answer from one that was decided before the reasoning.
+
+    PRG is 0 for an answer without steps and -1 without an answer. The name and the idea are
+    HyTuning's (arXiv 2604.08454); the formula is this project's own.
     """
-    p = support.double()
-    g = (p[:, 1:] - p[:, :-1]) * mask[:, 1:]
-    D = g.sum(-1)
-    K = mask[:, 1:].sum(-1)
-    energy = K * g.square().sum(-1)
-    steadiness = torch.where(energy > 0, D.square() / energy.clamp(min=1e-300), 0.0)
-    return torch.where(mask.any(-1), D * steadiness, -1.0).to(support.dtype)
+    p = support
+    s = p[:, 0]
+    for k in range(1, p.shape[1]):
+        s = torch.where(mask[:, k], s + (p[:, k] - s) / 3, s)
+    K = mask.sum(-1) - 1
+    gain = torch.where(K > 0, s - p[:, 0] / 2, 0.0)
+    return torch.where(K >= 0, gain, -1.0)
 
 
 def final_support(support: Tensor, mask: Tensor) -> Tensor:

@@ -108,7 +108,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--queries_per_step", type=positive_int, default=16, help="for all processes (%(default)s)")
     add("--group_size", type=positive_int, default=8, help="G, rollouts per query (%(default)s)")
     add("--traces_per_step", type=positive_int, default=16, help="for all processes (%(default)s)")
-    add("--tau", type=positive_float, default=0.5, help="temperature of weights (%(default)s)")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--steps", type=positive_int, default=100, help="training steps (%(default)s)")
@@ -344,7 +343,7 @@ class Trainer:
         if self.traces:
             PRG = self.compute_prg(self.traces)  # [n]
             self.anchor = PRG.mean().item()
-            self.v = hytuning.trace_weights(args.method, PRG, self.anchor, args.tau)
+            self.v = hytuning.trace_weights(args.method, PRG, self.anchor)
 
     def step(self) -> dict:
         """Take one training step, and return its line for metrics.jsonl.
@@ -368,7 +367,7 @@ class Trainer:
         # 3. to 5. Compute w, r, e, A and lambda. To try another reward, change `learning_signals`.
         answers = self.column(data.number_answers(answers, args.group_size))  # [N], -1 for none
         A, e = hytuning.learning_signals(args.method, c, PRG, answers, args.group_size,
-                                         self.anchor, args.tau)  # [N] each
+                                         self.anchor)  # [N] each
         earned, N_all = all_sum(self.column([e.sum(), len(e)])).tolist()  # over all processes
         lam = earned / max(N_all, 1)
         A = hytuning.weigh_queries(A, e, lam, args.group_size)
