@@ -23,7 +23,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 MARKER = "Answer:"
-INSTRUCTION = 'Reason line by line, then end with the line "{marker} ...".'
+INSTRUCTION = ("Think step by step, one step per line. Then write your final answer on the last "
+               'line as "{marker} <answer>".')
 
 
 class DataError(ValueError):
