@@ -481,7 +481,7 @@ def test_end_tokens_and_the_tokenizer_are_saved(tmp_path):
     modes = {path.stat().st_mode for path in a.iterdir()}
     assert len(modes) == 1, "whoever can read one of the files can read all of them"
     (a / "tokenizer.json").write_text("é")
-    edit_json(a / "config.json", eos_token_id=7)
+    edit_json(a / "config.json", eos_token_id=7, torch_dtype="bfloat16")
     assert load_pretrained(a).eos_ids == (7,)
     edit_json(a / "generation_config.json", eos_token_id=0, top_k=5)
     ours = load_pretrained(a)
@@ -490,7 +490,9 @@ def test_end_tokens_and_the_tokenizer_are_saved(tmp_path):
     with patch("shutil.copymode", side_effect=PermissionError):  # as on some network mounts
         save_pretrained(ours, b, a)
     assert load_pretrained(b).eos_ids == (0, 9)
-    assert json.loads((b / "config.json").read_text())["eos_token_id"] == [0, 9]
+    config = json.loads((b / "config.json").read_text())
+    assert config["eos_token_id"] == [0, 9]
+    assert config["dtype"] == "float32" and "torch_dtype" not in config
     generation = json.loads((b / "generation_config.json").read_text())
     assert generation == {"eos_token_id": [0, 9], "top_k": 5}
     assert (b / "tokenizer.json").read_text() == "é"
@@ -611,7 +613,8 @@ def test_a_sample_depends_only_on_its_prompt_its_number_and_the_seed():
     assert not {*map(tuple, other[0])} & {*map(tuple, whole[0])}
 
 
-@pytest.mark.parametrize("context", [dict(max_position_embeddings=9), dict(sliding_window=9)])
+@pytest.mark.parametrize("context", [
+    dict(max_position_embeddings=9, sliding_window=20), dict(sliding_window=9)])
 def test_prompts_that_are_empty_or_longer_than_the_context_raise_an_error(context):
     model = tiny(**context)
     assert len(generate(model, [[1], [2] * 4], max_new_tokens=5)[1][0]) == 5
