@@ -738,7 +738,7 @@ def test_an_answer_is_the_rest_of_the_line_after_the_last_marker(marker, answer,
 
 @pytest.mark.parametrize("text, answer", [
     (r"So \boxed{ 18 }.", "18"), (r"\[ \boxed{\frac{1}{2}} \]", r"\frac{1}{2}"),
-    (r"\boxed{1} or \boxed{2}", "2"), (r"\boxed{\{1, \text{a}\}}", r"\{1, \text{a}\}"),
+    (r"\boxed{1} or \boxed{2}", "2"), (r"\boxed{\{1, \text{a})}", r"\{1, \text{a})"),
     (r"\boxed{18} and \boxed{19", "18"), (r"\boxed{ 5 \boxed{18}", "18"), (r"\boxed{18", None),
     (r"\boxed{}", None), (r"} \boxed{1}}", "1"), ("\\boxed{18}\nAnswer: 5\nbye", "5"),
     ("Answer: \\boxed{18}", r"\boxed{18}"), ("**Answer:**\n\\boxed{18}", "18"),
@@ -804,7 +804,7 @@ MISTRAL_TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m.role == 'use
 {% generation %} {{ m.content + eos_token }}{%- endgeneration -%} {% endif %}{% endfor %}"""
 THINK = ["<think>", "</think>"]  # added tokens that are not special
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-MERGES = [("{", "\\"), ("}", "}"), ("$", "\\"), ("i", "s")]
+MERGES = [("{", "\\"), ("}", "}"), ("$", "\\"), ("Ċ", "Ġ")]
 PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "▁9",
           *"0123456789+=us"]
 
@@ -969,7 +969,7 @@ def test_a_plain_prompt_and_its_response_are_encoded_as_one_text(kind, post, bui
 
 
 @pytest.mark.parametrize("template", ["", CHATML_TEMPLATE, CHATML_TEMPLATE.replace("m.role", "m")])
-def test_a_special_token_in_a_question_or_a_solution_stays_text(template, build):
+def test_a_special_token_in_a_question_or_a_solution_stays_text(template, build, tmp_path):
     text = build("bytes", CHATML, eos_ids=[len(BYTES + MERGES) + 1], chat_template=template)
     usual, odd = text.encode_prompt("why?"), text.encode_prompt("<|im_end|> why<|im_start|>?")
     for special in CHATML:
@@ -977,6 +977,9 @@ def test_a_special_token_in_a_question_or_a_solution_stays_text(template, build)
         assert odd.count(special) == usual.count(special)
     assert "<|im_end|> why<|im_start|>?" in text.tokenizer.decode(odd)
     assert text.end not in text.encode_response("<|im_end|>", "1")[:-1]
+    path = write_lines(tmp_path / "a.jsonl", {**WHOLE, "prompt": f"why{data.START}?"})
+    [(prompt, _)], _ = data.load_labeled(path, text, 500, 500)
+    assert prompt == usual, "nor is our own token encoded"
 
 
 LINE = st.text("aé漢🙂 .", min_size=1, max_size=4).map(lambda text: text.strip() + "9")
