@@ -481,7 +481,7 @@ def test_end_tokens_and_the_tokenizer_are_saved(tmp_path):
     modes = {path.stat().st_mode for path in a.iterdir()}
     assert len(modes) == 1, "whoever can read one of the files can read all of them"
     (a / "tokenizer.json").write_text("é")
-    edit_json(a / "config.json", eos_token_id=7)
+    edit_json(a / "config.json", eos_token_id=7, torch_dtype="bfloat16")
     assert load_pretrained(a).eos_ids == (7,)
     edit_json(a / "generation_config.json", eos_token_id=0, top_k=5)
     ours = load_pretrained(a)
@@ -490,7 +490,9 @@ def test_end_tokens_and_the_tokenizer_are_saved(tmp_path):
     with patch("shutil.copymode", side_effect=PermissionError):  # as on some network mounts
         save_pretrained(ours, b, a)
     assert load_pretrained(b).eos_ids == (0, 9)
-    assert json.loads((b / "config.json").read_text())["eos_token_id"] == [0, 9]
+    config = json.loads((b / "config.json").read_text())
+    assert config["eos_token_id"] == [0, 9]
+    assert config["dtype"] == "float32" and "torch_dtype" not in config
     generation = json.loads((b / "generation_config.json").read_text())
     assert generation == {"eos_token_id": [0, 9], "top_k": 5}
     assert (b / "tokenizer.json").read_text() == "é"
@@ -611,7 +613,8 @@ def test_a_sample_depends_only_on_its_prompt_its_number_and_the_seed():
     assert not {*map(tuple, other[0])} & {*map(tuple, whole[0])}
 
 
-@pytest.mark.parametrize("context", [dict(max_position_embeddings=9), dict(sliding_window=9)])
+@pytest.mark.parametrize("context", [
+    dict(max_position_embeddings=9, sliding_window=20), dict(sliding_window=9)])
 def test_prompts_that_are_empty_or_longer_than_the_context_raise_an_error(context):
     model = tiny(**context)
     assert len(generate(model, [[1], [2] * 4], max_new_tokens=5)[1][0]) == 5
@@ -735,7 +738,7 @@ def test_an_answer_is_the_rest_of_the_line_after_the_last_marker(marker, answer,
 
 @pytest.mark.parametrize("text, answer", [
     (r"So \boxed{ 18 }.", "18"), (r"\[ \boxed{\frac{1}{2}} \]", r"\frac{1}{2}"),
-    (r"\boxed{1} or \boxed{2}", "2"), (r"\boxed{\{1, \text{a}\}}", r"\{1, \text{a}\}"),
+    (r"\boxed{1} or \boxed{2}", "2"), (r"\boxed{\{1, \text{a})}", r"\{1, \text{a})"),
     (r"\boxed{18} and \boxed{19", "18"), (r"\boxed{ 5 \boxed{18}", "18"), (r"\boxed{18", None),
     (r"\boxed{}", None), (r"} \boxed{1}}", "1"), ("\\boxed{18}\nAnswer: 5\nbye", "5"),
     ("Answer: \\boxed{18}", r"\boxed{18}"), ("**Answer:**\n\\boxed{18}", "18"),
@@ -801,7 +804,7 @@ MISTRAL_TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m.role == 'use
 {% generation %} {{ m.content + eos_token }}{%- endgeneration -%} {% endif %}{% endfor %}"""
 THINK = ["<think>", "</think>"]  # added tokens that are not special
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-MERGES = [("{", "\\"), ("}", "}"), ("$", "\\"), ("i", "s")]
+MERGES = [("{", "\\"), ("}", "}"), ("$", "\\"), ("Ċ", "Ġ")]
 PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "▁9",
           *"0123456789+=us"]
 
@@ -966,7 +969,7 @@ def test_a_plain_prompt_and_its_response_are_encoded_as_one_text(kind, post, bui
 
 
 @pytest.mark.parametrize("template", ["", CHATML_TEMPLATE, CHATML_TEMPLATE.replace("m.role", "m")])
-def test_a_special_token_in_a_question_or_a_solution_stays_text(template, build):
+def test_a_special_token_in_a_question_or_a_solution_stays_text(template, build, tmp_path):
     text = build("bytes", CHATML, eos_ids=[len(BYTES + MERGES) + 1], chat_template=template)
     usual, odd = text.encode_prompt("why?"), text.encode_prompt("<|im_end|> why<|im_start|>?")
     for special in CHATML:
@@ -974,6 +977,9 @@ def test_a_special_token_in_a_question_or_a_solution_stays_text(template, build)
         assert odd.count(special) == usual.count(special)
     assert "<|im_end|> why<|im_start|>?" in text.tokenizer.decode(odd)
     assert text.end not in text.encode_response("<|im_end|>", "1")[:-1]
+    path = write_lines(tmp_path / "a.jsonl", {**WHOLE, "prompt": f"why{data.START}?"})
+    [(prompt, _)], _ = data.load_labeled(path, text, 500, 500)
+    assert prompt == usual, "nor is our own token encoded"
 
 
 LINE = st.text("aé漢🙂 .", min_size=1, max_size=4).map(lambda text: text.strip() + "9")
@@ -1346,58 +1352,30 @@ def test_traces_are_weighted_by_their_prg(toy_run, trainer_for, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", train.METHODS[1:])
-def test_a_step_matches_the_definition_of_each_method(method, trainer_for):
-    """PRG, w, c, r, A and lambda are computed by definition, with a pass for each text."""
-    G, Q = 4, 3
-    trainer = trainer_for("--group_size", G, "--queries_per_step", Q, "--method", method,
-                          "--rollouts_per_batch", 2 * G)
+def test_a_step_matches_its_definition(trainer_for):
+    """PRG, c, answers, A and lambda are computed with a pass for each text, one after the other."""
+    G, N = 4, 12
+    trainer = trainer_for("--group_size", G, "--queries_per_step", 3, "--rollouts_per_batch", 8)
     disturb(trainer.model)  # the judge stays as it is
     with patch.object(trainer, "update", return_value=(0.0, 0.0)) as update:
         line = trainer.step()
     rollouts, A, lam, _ = update.call_args.args
-    answers = []
-    PRG = []
-    w = []
-    c = []
-    for x in rollouts:
-        _, answer = train.read_response(trainer.text, x.prompt, x.response)
-        answers.append(answer)
-        PRG.append(prg_by_definition(trainer.judge, x))
-        weight = 1
-        if method == "hytuning":
-            weight = weight_by_definition(PRG[-1], trainer.anchor, 0.5)
-        w.append(weight if answer else 0)
+    assert [rollouts[j].prompt for j in range(N)] == [rollouts[j // G * G].prompt for j in range(N)]
+    answers = [train.read_response(trainer.text, x.prompt, x.response)[1] for x in rollouts]
+    PRG = torch.tensor([prg_by_definition(trainer.judge, x) for x in rollouts])
+    c = torch.zeros(N)
+    for j, x in enumerate(rollouts):
         logits = trainer.model(torch.tensor([x.tokens]))[0, x.cuts[0] - 1:-1]
-        c.append(self_certainty(logits).mean().item())
-    earned = []
-    expected = []
-    for start in range(0, Q * G, G):
-        group = range(start, start + G)
-        assert len({tuple(rollouts[j].prompt) for j in group}) == 1
-        rewards = []
-        for j in group:
-            same = [i for i in group if i == j or answers[i] and answers[j]
-                    and data.answers_match(answers[i], answers[j])]
-            earned.append(sum(w[i] for i in same) / G)
-            if method in ("rlif", "static"):
-                rewards.append(c[j])
-            else:
-                rewards.append(sum(w[i] * c[i] for i in same) / G)
-        r = torch.tensor(rewards, dtype=torch.double)
-        lam_q = {"rlif": 1, "static": 0.5}.get(method, sum(earned[start:]) / G)
-        expected.append(lam_q * (r - r.mean()) / (r.std(unbiased=False) + 1e-4))
-    expected_lam = {"rlif": 1, "static": 0.5}.get(method, sum(earned) / (Q * G))
-    assert lam == line["lambda"] == pytest.approx(expected_lam, rel=1e-4)
-    close(A, torch.cat(expected) / lam, 1e-3)
-    assert (len(set(trainer.v.tolist())) > 1) == (method == "hytuning")
-    assert line["self_certainty"] == pytest.approx(sum(c) / (Q * G), rel=1e-4)
-    assert line["answered"] == sum(map(bool, answers)) / (Q * G)
-    assert line["undecided"] == sum(a == 0 for a in A.tolist()) / (Q * G)
-    answered = [x for x, answer in zip(PRG, answers) if answer]
-    assert 0 < len(answered) < Q * G
-    assert line["prg_rollouts"] == pytest.approx(sum(answered) / len(answered), abs=1e-5)
-    assert len({round(a, 3) for a in A.tolist()}) > 3, "or nothing was told apart"
+        c[j] = self_certainty(logits).mean()
+    numbers = torch.tensor(data.number_answers(answers, G))
+    expected, e = learning_signals("hytuning", c, PRG, numbers, G, trainer.anchor)
+    assert lam == line["lambda"] == pytest.approx(e.mean().item(), rel=1e-4)
+    close(A, weigh_queries(expected, e, lam, G), 1e-3)
+    assert line["self_certainty"] == pytest.approx(c.mean().item(), rel=1e-4)
+    assert line["answered"] == (numbers >= 0).sum() / N
+    assert line["undecided"] == sum(a == 0 for a in A.tolist()) / N
+    assert line["prg_rollouts"] == pytest.approx(PRG[numbers >= 0].mean().item(), abs=1e-5)
+    assert line["prg_rollouts"] > PRG.mean() + 0.1, "or all rollouts have an answer"
 
 
 @pytest.mark.parametrize("lam, zeros, more", [
@@ -1450,24 +1428,23 @@ def test_an_evaluation_matches_its_definition_for_any_batch_size(trainer_for):
     disturb(trainer.model)
     held_out = train.load_data(trainer.args, trainer.text, 10**9)[2]
     result = train.evaluate(train.answer_held_out(trainer, held_out))
-    samples = []  # of the answered samples: (confidence, whether right, PRG)
+    rates = []
     votes = []
     wins = []
-    rates = []
+    samples = []  # of the answered samples: (confidence, whether right, PRG)
     for prompt, _, gold in held_out:
         group, answers, _ = trainer.sample([prompt], 3, ("evaluation", 0))
         answered = []
         for x, answer in zip(group, answers):
             if answer is not None:
                 support, mask = answer_support(trainer.model, [x])
-                right = data.answers_match(answer, gold)
-                PRG = prg_by_definition(trainer.model, x)
-                answered.append((support[mask][-1].item(), right, PRG))
+                answered.append((support[mask][-1].item(), data.answers_match(answer, gold),
+                                 prg_by_definition(trainer.model, x)))
+        samples += answered
         rates.append(sum(right for _, right, _ in answered) / 3)
         for (_, a_right, a), (_, b_right, b) in itertools.permutations(answered, 2):
             if a_right and not b_right:
                 wins.append(0.5 if a == b else float(a > b))
-        samples += answered
         winner, fraction = data.majority(answers)
         votes.append((fraction, data.answers_match(winner, gold)))
     p, right, PRG = zip(*samples)
@@ -1476,20 +1453,18 @@ def test_an_evaluation_matches_its_definition_for_any_batch_size(trainer_for):
     expected = {"queries": 12, "samples": 36, "answered": n / 36, "prg": sum(PRG) / n,
                 "prg_wins": sum(wins) / len(wins), "prg_pairs": len(wins),
                 "reliability": prg.reliability(p, right)}
-    for name, accuracy, (confidence, correct), by_query in (
-            ("sample", sum(right) / 36, (p, right), rates),
-            ("vote", sum(x for _, x in votes) / 12, zip(*votes), [float(x) for _, x in votes])):
-        wrong = [x for x, is_right in zip(confidence, correct) if not is_right]
+    for name, by_query, confidence, correct in (
+            ("sample", rates, p, right), ("vote", [float(x) for _, x in votes], *zip(*votes))):
         expected[name] = dict(
-            accuracy=accuracy, standard_error=statistics.stdev(by_query) / 12**0.5,
-            confidence=statistics.mean(confidence), confidence_when_wrong=statistics.mean(wrong),
+            accuracy=statistics.mean(by_query), standard_error=statistics.stdev(by_query) / 12**0.5,
+            confidence=statistics.mean(confidence),
+            confidence_when_wrong=statistics.mean(x for x, r in zip(confidence, correct) if not r),
             ece=expected_calibration_error(confidence, correct),
             brier=brier_score(confidence, correct), auroc=auroc(confidence, correct))
     assert flat(result) == pytest.approx(flat(expected), abs=1e-5)
-    for size in (1, 13):
-        trainer.args.rollouts_per_batch = size
-        again = train.evaluate(train.answer_held_out(trainer, held_out))
-        assert flat(again) == pytest.approx(flat(result))
+    trainer.args.rollouts_per_batch = 7
+    again = train.evaluate(train.answer_held_out(trainer, held_out))
+    assert flat(again) == pytest.approx(flat(result))
 
 
 def found_by(right: int, wrong: int, missing: int) -> list[dict]:
@@ -1536,39 +1511,25 @@ def test_results_are_printed_as_a_table_and_diagrams_to_scale(capsys):
 
 def test_examples_show_support_or_why_there_is_no_answer(trainer_for, capsys):
     text = trainer_for().text
-    prompt = text.encode_prompt("Findings:")
     name = data.Triage().conditions[0]
     whole = text.encode_response("1 suggests", name)
-    vote = {"answer": name, "right": True, "confidence": 0.5}
-    found = []
-    for response in (whole, whole[:-1], text.encode("1 suggests", after="\n") + [text.end]):
-        trace, answer = train.read_response(text, prompt, response)
-        sample = {"answer": answer, "right": True, "prg": 0.25, "trace": trace,
+    no_marker = [*text.encode("1 suggests", after="\n"), text.end]
+    for response, lines in (
+            (whole, ["  p = 0.25 #####                (before any step)",
+                     "  p = 0.50 ##########           1 suggests",
+                     f"  answer: {name} (right); PRG 0.250"]),
+            (whole[:-1], ["  1 suggests", f"Answer: {name}",
+                          "  (no answer: cut off at --max_new_tokens)"]),
+            (no_marker, ["  1 suggests", "  (no answer: there is none behind a marker)"])):
+        trace, answer = train.read_response(text, text.encode_prompt("Findings:"), response)
+        sample = {"answer": answer, "right": True, "confidence": 0.5, "prg": 0.25, "trace": trace,
                   "support": [0.25, 0.5]}
-        found.append({"question": "Which?", "gold": name, "samples": [sample] * 2, "vote": vote})
-    capsys.readouterr()
-    train.print_examples(text, found)
-    assert capsys.readouterr().out == f"""
-Which?
-  sample 1 of 2:
-  p = 0.25 #####                (before any step)
-  p = 0.50 ##########           1 suggests
-  answer: {name} (right); PRG 0.250
-  majority: {name} (1 of 2 samples); right answer: {name}
-
-Which?
-  sample 1 of 2:
-  1 suggests
-Answer: {name}
-  (no answer: cut off at --max_new_tokens)
-  majority: {name} (1 of 2 samples); right answer: {name}
-
-Which?
-  sample 1 of 2:
-  1 suggests
-  (no answer: there is none behind a marker)
-  majority: {name} (1 of 2 samples); right answer: {name}
-"""
+        capsys.readouterr()
+        train.print_examples(text, [{"question": "Which?", "gold": name, "samples": [sample] * 2,
+                                     "vote": {**sample, "answer": name}}])
+        assert capsys.readouterr().out.splitlines() == [
+            "", "Which?", "  sample 1 of 2:", *lines,
+            f"  majority: {name} (1 of 2 samples); right answer: {name}"]
 
 
 def test_each_epoch_shuffles_traces_and_queries_independently(trainer_for):
@@ -1696,39 +1657,26 @@ def test_a_run_goes_on_if_its_output_cannot_be_written(toy_run, tmp_path):
 # -----------------------------------------------------------------------------
 # several processes, faults
 
-# This program does the runs of its first argument, [[class of trainer, command line], ...], one
-# after the other in one set of processes.
+# This program does the runs of its first argument, [[signal, command line], ...], one after the
+# other in one set of processes.
 DRIVER = """
 import hashlib, json, os, signal, sys
 import train
+from torch import distributed as dist
 
-class Hashed(train.Trainer):
-    # Writes a hash of all weights after each step.
+class Checked(train.Trainer):
+    # Checks after each step that all processes have the same weights. The last process may get a
+    # signal when step 4 begins.
     def step(self):
+        if strike and self.steps_done == 3 and self.rank == self.world_size - 1:
+            os.kill(os.getpid(), strike)
         line = super().step()
         weights = b"".join(p.detach().numpy().tobytes() for p in self.model.parameters())
-        with open(f"{self.args.out}-{self.rank}.hashes", "a") as file:
-            print(hashlib.sha256(weights).hexdigest(), file=file)
+        found = [hashlib.sha256(weights).hexdigest()] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, found[0])
+        assert len(set(found)) == 1, "the processes have different weights"
         return line
-
-class Disarmed(Hashed):
-    # A common mistake: the loss bypasses DDP, so gradients are not synchronized.
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.policy = self.policy.module
-
-class Struck(Hashed):
-    # Sends a signal to the last process when step 4 begins.
-    def step(self):
-        if self.steps_done == 3 and self.rank == self.world_size - 1:
-            os.kill(os.getpid(), self.signal)
-        return super().step()
-
-class Killed(Struck):
-    signal = signal.SIGKILL
-
-class Terminated(Struck):
-    signal = signal.SIGTERM
 
 world = []
 def set_up_once(args, set_up=train.set_up_processes):
@@ -1736,13 +1684,13 @@ def set_up_once(args, set_up=train.set_up_processes):
         world.append(set_up(args))
     return world[0]
 
+train.Trainer = Checked
 train.set_up_processes = set_up_once
-leave = train.dist.destroy_process_group
-train.dist.destroy_process_group = lambda: None
-for name, argv in json.loads(sys.argv[1]):
-    train.Trainer = globals()[name]
+leave = dist.destroy_process_group
+dist.destroy_process_group = lambda: None
+for strike, argv in json.loads(sys.argv[1]):
     train.main(argv)
-if world[0][1] > 1:
+if dist.is_initialized():
     leave()
 """
 # In UNEVEN, processes have different shares. In IDLE, one has no query and no trace.
@@ -1754,11 +1702,11 @@ COMMON = [*files_of(Path("out/toy")), *SMALL, "--max_eval", 7, "--save_every", 2
 
 
 def drive(cwd, processes, *runs):
-    """Do the runs (class of trainer, out, arguments) in one set of processes."""
+    """Do the runs (signal, out, arguments) in one set of processes."""
     (cwd / "driver.py").write_text(DRIVER)
     todo = []
-    for trainer, out, more in runs:
-        todo.append((trainer, [str(word) for word in [*COMMON, "--out", f"out/{out}", *more]]))
+    for strike, out, more in runs:
+        todo.append((strike, [str(word) for word in [*COMMON, "--out", f"out/{out}", *more]]))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     if processes == 1:
         torchrun = []
@@ -1772,29 +1720,24 @@ def worlds(toy_run):
     said = {}
     resumed = [*UNEVEN, "--resume"]
     for n in (2, 1):
-        killed = drive(cwd, n, ("Killed", f"killed-{n}", UNEVEN))
+        killed = drive(cwd, n, (signal.SIGKILL, f"killed-{n}", UNEVEN))
         assert killed.returncode != 0 and not (cwd / f"out/killed-{n}/eval.json").exists()
-        said["killed", n] = killed.stderr
-        runs = [("Hashed", f"uneven-{n}", UNEVEN), ("Hashed", f"idle-{n}", IDLE),
-                ("Hashed", f"killed-{n}", resumed), ("Terminated", f"stopped-{n}", UNEVEN),
-                ("Hashed", f"stopped-{n}", resumed)]
+        runs = [(0, f"uneven-{n}", UNEVEN), (0, f"idle-{n}", IDLE), (0, f"killed-{n}", resumed),
+                (signal.SIGTERM, f"stopped-{n}", UNEVEN), (0, f"stopped-{n}", resumed)]
         if n == 2:
-            runs += [("Disarmed", "disarmed-2", UNEVEN), ("Terminated", "moved", UNEVEN)]
+            runs += [(signal.SIGTERM, "moved", UNEVEN)]
         else:
-            runs += [("Hashed", "moved", resumed)]
+            runs += [(0, "moved", resumed)]
         done = drive(cwd, n, *runs)
         assert done.returncode == 0, done.stderr
-        said["rest", n] = done.stdout
+        said[n] = killed.stderr + done.stdout
     return cwd / "out", said
-
-
-def hashes(out, name, rank=0) -> list[str]:
-    return (out / f"{name}-{rank}.hashes").read_text().split()
 
 
 @pytest.mark.parametrize("name", ["uneven-2", "idle-2", "moved"])
 def test_any_number_of_processes_gives_the_same_run(name, worlds):
-    """Results agree up to rounding. In moved, 1 process resumes a checkpoint of 2."""
+    """Results agree up to rounding. In moved, 1 process resumes a checkpoint of 2. DRIVER checks
+    that all processes have the same weights after each step."""
     one = worlds[0] / ("idle-1" if "idle" in name else "uneven-1")
     lines, weights = outcome(one)
     theirs, their_weights = outcome(worlds[0] / name)
@@ -1810,19 +1753,6 @@ def test_any_number_of_processes_gives_the_same_run(name, worlds):
     assert flat(found) == pytest.approx(flat(expected), abs=1e-5)
 
 
-@pytest.mark.parametrize("name, steps", [("uneven-2", 5), ("idle-2", 3)])
-def test_all_processes_hold_the_same_weights_after_every_step(name, steps, worlds):
-    first = hashes(worlds[0], name)
-    assert len(set(first)) == steps, "a step changes the weights"
-    assert hashes(worlds[0], name, rank=1) == first
-
-
-def test_a_loss_that_bypasses_ddp_is_detected(worlds):
-    """This shows that the test above fails if gradients are not synchronized."""
-    first = hashes(worlds[0], "disarmed-2")
-    assert len(first) == 5 and not set(first) & set(hashes(worlds[0], "disarmed-2", rank=1))
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("name", ["killed", "stopped"])
 def test_an_interrupted_run_resumes_bit_for_bit(name, processes, worlds):
@@ -1836,15 +1766,12 @@ def test_an_interrupted_run_resumes_bit_for_bit(name, processes, worlds):
     evaluations = [out / f"{run}-{processes}/eval.json" for run in ("uneven", name)]
     assert evaluations[0].read_text() == evaluations[1].read_text()
     step = 2 if name == "killed" else 4
-    assert f"resuming after step {step}" in said["rest", processes]
-    assert "stopped after step 4" in said["rest", processes]
-    done = hashes(out, f"{name}-{processes}")
-    assert len(done) == (6 if name == "killed" else 5), "no step is done twice but the one lost"
+    assert f"resuming after step {step}" in said[processes]
+    assert "stopped after step 4" in said[processes]
 
 
 def test_torchrun_names_the_process_that_died(worlds):
-    report = worlds[1]["killed", 2]
-    assert re.search(r"rank\s*: 1 ", report) and "exitcode  : -9" in report
+    assert re.search(r"rank\s*: 1 .*exitcode  : -9", worlds[1][2], re.S)
 
 
 def test_a_resumed_run_keeps_the_date_of_its_beginning(short_run):

@@ -123,14 +123,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--show", type=int, default=3, help="examples to print at the end (%(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda: one GPU for each process (%(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="data type of the forward pass (bfloat16 on a GPU, float32 on a CPU)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of a forward pass (bfloat16 on a GPU)")
     add("--tokens_per_batch", type=positive_int,
-        help="tokens of a forward pass, with padding (GPU 16384, CPU 1024; toy: 4096)")
+        help="tokens of a forward pass, with padding (GPU: 16384; CPU: 1024; toy: 4096)")
     add("--rollouts_per_batch", type=positive_int, default=512,
         help="rollouts that a process samples at a time (%(default)s)")
     add("--checkpoint_activations", action="store_true",
-        help="recompute activations in the backward pass to save memory; takes a third more time")
+        help="save memory in the update, which then takes a third more time")
 
     args = parser.parse_args(argv)
     if args.group_size == 1:
@@ -709,21 +708,13 @@ def read_checkpoint(args, run: dict) -> dict:
     return state
 
 
-def write_folder(folder: Path, write):
-    """Call write(temporary folder), then put the result in the place of `folder`."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    write(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
 # -----------------------------------------------------------------------------
 # the toy
 
 def train_toy_base(folder: Path, device: torch.device):
     """Train the base model of the toy task on careless traces, and save it to `folder`."""
     toy = data.Triage()
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     vocab_size, end = toy.write_tokenizer(folder)
     torch.manual_seed(0)
     model = Decoder(Config(
@@ -760,12 +751,13 @@ def set_up_toy(args, rank: int, device: torch.device):
     torch.set_num_threads(1)
     base = Path("out/toy")
     records = base / f"data-{args.seed}"
-    if base.exists():
-        say(f"using the toy in {base}: remove it to build it anew")
-    if rank == 0 and not base.exists():
-        write_folder(base, lambda folder: train_toy_base(folder, device))
-    if rank == 0 and not records.exists():
-        write_folder(records, lambda folder: data.Triage().write_records(folder, args.seed))
+    if rank == 0:
+        if (base / "model.safetensors").exists():
+            say(f"using the toy in {base}: remove it to build it anew")
+        else:
+            train_toy_base(base, device)
+        if not (records / "eval.jsonl").exists():
+            data.Triage().write_records(records, args.seed)
     barrier()
     args.model = str(base)
     args.labeled = str(records / "labeled.jsonl")
@@ -779,8 +771,8 @@ def set_up_toy(args, rank: int, device: torch.device):
 def main(argv=None) -> bool:
     """Do a whole run: evaluate, train, save and evaluate again. argv defaults to the command line.
 
-    Return False if SIGINT or SIGTERM has stopped the training after a step, and True otherwise.
-    Raises UsageError, DataError, CheckpointError, OSError or FloatingPointError.
+    Return False if SIGINT or SIGTERM has stopped the training, and True otherwise. Raises
+    UsageError, DataError, CheckpointError, OSError or FloatingPointError.
     """
     args = parse_arguments(argv)
     rank, world_size, device = set_up_processes(args)
@@ -813,7 +805,8 @@ def main(argv=None) -> bool:
         results["base"] = run["base"]
         finished = train(trainer, run)
         if rank == 0:
-            write_folder(out / "model", lambda folder: save_pretrained(model, folder, args.model))
+            shutil.rmtree(out / "model", ignore_errors=True)  # it may be of fewer steps
+            save_pretrained(model, out / "model", args.model)
             say(f"the model is in {out / 'model'}, the log in {out / 'metrics.jsonl'}")
         if not finished:
             say(f"stopped after step {trainer.steps_done}: add --resume to the command to continue")
