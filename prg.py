@@ -88,14 +88,14 @@ def answer_support(model, traces: list[Trace]) -> tuple[Tensor, Tensor]:
 
 
 def progressive_reasoning_gain(support: Tensor, mask: Tensor) -> Tensor:
-    """Return PRG [B], in [-1/2, 1], from the support p and its mask, [B, K_max+1] each.
+    """Return PRG [B], in [-1/3, 1], from the support p and its mask, [B, K_max+1] each.
 
-        s_0 = p_0,   s_k = s_{k-1} + (p_k - s_{k-1}) / 3,   PRG = s_K - p_0 / 2
+        s_0 = p_0,   s_k = s_{k-1} + (p_k - s_{k-1}) / 3,   PRG = s_K - p_0 / 3
 
-    The running support s follows p slowly, so an early and lasting rise counts more than one in the
-    last step: PRG = p_0 / 2 + sum_k (1 - (2/3)^(K-k+1)) (p_k - p_{k-1}). How many steps there are
-    does not matter to this. Support before the first step counts half, since it may be knowledge or
-    a prejudice: PRG cannot tell a known answer from one that was decided before the reasoning.
+    The running support s follows p slowly, so an early and lasting gain counts more than one in the
+    last step: PRG = 2/3 p_0 + sum_k (1 - (2/3)^(K-k+1)) (p_k - p_{k-1}). The number of steps before
+    a gain does not matter. A support p that never changes gives 2/3 p, since PRG cannot tell a
+    known answer from one that was decided before the reasoning.
 
     PRG is 0 for an answer without steps and -1 without an answer. The name and the idea are
     HyTuning's (arXiv 2604.08454); the formula is this project's own.
@@ -105,7 +105,7 @@ def progressive_reasoning_gain(support: Tensor, mask: Tensor) -> Tensor:
     for k in range(1, p.shape[1]):
         s = torch.where(mask[:, k], s + (p[:, k] - s) / 3, s)
     K = mask.sum(-1) - 1
-    gain = torch.where(K > 0, s - p[:, 0] / 2, 0.0)
+    gain = torch.where(K > 0, s - p[:, 0] / 3, 0.0)
     return torch.where(K >= 0, gain, -1.0)
 
 
