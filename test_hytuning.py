@@ -1329,7 +1329,7 @@ def test_a_low_anchor_gives_a_warning(trainer_for, capsys):
 
 
 def test_traces_are_weighted_by_their_prg(toy_run, trainer_for, tmp_path):
-    """The PRG is that under the frozen starting model. In rd, all weights are 1."""
+    """The PRG is that under the starting model, which stays frozen as the judge."""
     start = load_pretrained(toy_run[0] / "out/toy")
     records = records_of(toy_run[0] / "out/toy/data-0/labeled.jsonl", 16)
     answers = sorted({record["answer"] for record in records})
@@ -1346,7 +1346,6 @@ def test_traces_are_weighted_by_their_prg(toy_run, trainer_for, tmp_path):
     for name, weight in start.named_parameters():
         assert torch.equal(weight, trainer.judge.get_parameter(name))
         assert not torch.equal(weight, trainer.model.get_parameter(name)), "or nothing was tested"
-    assert trainer_for("--labeled", path, "--method", "rd").v.tolist() == [1] * len(records)
 
 
 @torch.no_grad()
@@ -1728,7 +1727,7 @@ def worlds(toy_run):
             runs += [(0, "moved", resumed)]
         done = drive(cwd, n, *runs)
         assert done.returncode == 0, done.stderr
-        said[n] = killed.stderr + done.stdout
+        said[n] = done.stdout
     return cwd / "out", said
 
 
@@ -1766,10 +1765,6 @@ def test_an_interrupted_run_resumes_bit_for_bit(name, processes, worlds):
     step = 2 if name == "killed" else 4
     assert f"resuming after step {step}" in said[processes]
     assert "stopped after step 4" in said[processes]
-
-
-def test_torchrun_names_the_process_that_died(worlds):
-    assert re.search(r"rank\s*: 1 .*exitcode  : -9", worlds[1][2], re.S)
 
 
 def test_a_resumed_run_keeps_the_date_of_its_beginning(short_run):
