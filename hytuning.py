@@ -156,8 +156,8 @@ def distillation_loss(logprobs: Tensor, mask: Tensor, tokens) -> Tensor:
     """Return L_RD = -sum(mask * log pi(token)) / tokens, a mean negative log-likelihood in nats.
 
     logprobs [B, T] are those of the supervised traces. mask [B, T] is 1 (or the weight v of the
-    trace) for response tokens and 0 for padding. `tokens` is the number of response tokens, also of
-    those in the other parts if this is a part of a batch.
+    trace) for response tokens and 0 for padding. The divisor `tokens` is the number of response
+    tokens in the whole batch, of which this may be a part.
     """
     return -(logprobs * mask).sum() / tokens
 
@@ -166,8 +166,8 @@ def rlif_loss(logprobs: Tensor, mask: Tensor, advantages: Tensor, rollouts) -> T
     """Return L_RLIF, whose gradient is that of -(1/rollouts) sum_j A_j mean_t log pi(token_jt).
 
     logprobs [B, T] are those of the rollouts, mask [B, T] is 1 for response tokens and 0 for
-    padding, and advantages are [B]. `rollouts` is B, or the number of rollouts of the whole batch
-    if this is a part of it.
+    padding, and advantages are [B]. The divisor `rollouts` is the number of rollouts in the whole
+    batch, of which these B may be a part.
 
     As in GRPO (arXiv 2402.03300), the ratio pi / pi_old stands in place of log pi. With one update
     for each batch of rollouts, it is 1, its gradient is that of log pi, and clipping has no effect.
