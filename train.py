@@ -5,10 +5,8 @@
     torchrun --nproc_per_node=8 train.py --model ...    # the same on eight GPUs
 
 Before training, the PRG of each supervised trace is computed under the starting model. The mean
-PRG is the anchor a, and the PRG of a trace sets its weight v. Then `Trainer.step` is repeated.
-
-Read hytuning.py and prg.py first, then `Trainer.step` in its six numbered steps, then data.py and
-model.py.
+PRG is the anchor a, and the PRG of a trace sets its weight v. `Trainer.step` then has six numbered
+steps. Read hytuning.py and prg.py before it, and data.py and model.py after it.
 
 SPDX-License-Identifier: MIT
 """
@@ -53,19 +51,13 @@ METHODS = {"rd": ("labeled",), "rlif": ("unlabeled",), "static": BOTH, "votes": 
 
 # Options that may change when a run is resumed.
 MAY_CHANGE = ("steps", "out", "resume", "save_every", "show", "device", "tokens_per_batch",
-              "rollouts_per_batch", "checkpoint_activations")
+              "checkpoint_activations")
 
 # Defaults that depend on the task or the device.
 TOY = dict(max_labeled=16, max_prompt_tokens=64, max_new_tokens=48, lr=4e-4, tokens_per_batch=4096)
 REAL = dict(max_labeled=0, max_prompt_tokens=512, max_new_tokens=512, lr=2e-6)
 GPU = dict(tokens_per_batch=16384, dtype="bfloat16")
 CPU = dict(tokens_per_batch=1024, dtype="float32")
-
-
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError  # argparse then says "invalid positive_int value: '0'"
-    return int(text)
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -82,8 +74,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--eval", type=path, help='JSONL file of held-out {"prompt", "answer"}')
     add("--max_labeled", type=int, help="traces to read; 0 means all (0; toy: 16)")
     add("--max_eval", type=int, default=0, help="--eval records to read; 0 means all (0)")
-    add("--max_prompt_tokens", type=positive_int, help="skip longer prompts (512; toy: 64)")
-    add("--max_new_tokens", type=positive_int, help="skip or cut longer responses (512; toy: 48)")
+    add("--max_prompt_tokens", type=int, help="skip longer prompts (512; toy: 64)")
+    add("--max_new_tokens", type=int, help="skip or cut longer responses (512; toy: 48)")
     add("--marker", default=data.MARKER, help="text before the answer (%(default)s)")
 
     add = parser.add_argument_group("method").add_argument
@@ -91,12 +83,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         help="rd: supervised traces only; rlif: self-certainty only; static: half rd, half rlif; "
              "votes: rd and rlif mixed by lambda, self-certainty pooled by answer; hytuning: votes "
              "weighted by PRG (%(default)s)")
-    add("--queries_per_step", type=positive_int, default=16,
+    add("--queries_per_step", type=int, default=16,
         help="unlabeled queries of a step, and supervised traces, for all processes (%(default)s)")
-    add("--group_size", type=positive_int, default=8, help="G, rollouts per query (%(default)s)")
+    add("--group_size", type=int, default=8, help="G, rollouts per query, at least 2 (%(default)s)")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=positive_int, default=100, help="training steps (%(default)s)")
+    add("--steps", type=int, default=100, help="training steps (%(default)s)")
     add("--lr", type=float, help="learning rate of AdamW (2e-6; toy: 4e-4)")
     add("--seed", type=int, default=0, help="random seed, 0 or more (%(default)s)")
 
@@ -104,22 +96,18 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--out", type=path, default="out/run", help="folder for all results (%(default)s)")
     add("--resume", action="store_true", help="continue from the checkpoint in --out")
     add("--eval_only", action="store_true", help="evaluate --model without training")
-    add("--eval_samples", type=positive_int, default=8, help="samples per query (%(default)s)")
-    add("--save_every", type=positive_int, default=20, help="steps between saves (%(default)s)")
+    add("--eval_samples", type=int, default=8, help="samples per query (%(default)s)")
+    add("--save_every", type=int, default=20, help="steps between saves (%(default)s)")
     add("--show", type=int, default=3, help="examples to print at the end (%(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda: one GPU for each process (%(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), help="of a forward pass (bfloat16 on a GPU)")
-    add("--tokens_per_batch", type=positive_int,
+    add("--tokens_per_batch", type=int,
         help="tokens of a forward pass, with padding (GPU: 16384; CPU: 1024; toy: 4096)")
-    add("--rollouts_per_batch", type=positive_int, default=512,
-        help="rollouts that a process samples at a time (%(default)s)")
     add("--checkpoint_activations", action="store_true",
         help="save memory in the update, which then takes a third more time")
 
     args = parser.parse_args(argv)
-    if args.group_size == 1:
-        parser.error("--group_size cannot be 1, since a group compares rollouts: give at least 2")
     if not args.model and (args.eval_only or args.labeled or args.unlabeled or args.eval):
         parser.error("--model is missing: give the folder of a checkpoint")
     for name in files_needed(args):
@@ -137,7 +125,7 @@ def files_needed(args) -> tuple[str, ...]:
 
 
 def check_out(args):
-    """Raise UsageError if training would overwrite one of its inputs, or files of no earlier run."""
+    """Raise UsageError if training would replace one of its inputs, or files that no run wrote."""
     out = Path(args.out).resolve()
     for path in (args.model, args.labeled, args.unlabeled, args.eval):
         if path and Path(path).resolve().is_relative_to(out):
@@ -330,11 +318,9 @@ class Trainer:
         answered = answers >= 0
         lengths = self.column([len(x.response) for x in rollouts])
         return {"step": self.steps_done, "lambda": lam, "loss_rd": L_RD, "grad_norm": grad_norm,
-                "anchor": self.anchor, "prg_rollouts": mean_over_processes(PRG[answered]),
-                "self_certainty": mean_over_processes(c),
-                "answered": mean_over_processes(answered),
-                "undecided": mean_over_processes(A == 0),
-                "response_length": mean_over_processes(lengths),
+                "anchor": self.anchor, "prg_rollouts": self.global_mean(PRG[answered]),
+                "self_certainty": self.global_mean(c), "answered": self.global_mean(answered),
+                "response_length": self.global_mean(lengths),
                 "seconds": time.perf_counter() - start}
 
     def update(self, rollouts, A: Tensor, lam: float, N_all: float) -> tuple[float, float]:
@@ -411,10 +397,11 @@ class Trainer:
         (None if there is none) and their self-certainty c [N]."""
         if self.sampling_model is not self.model:
             self.sampling_model.load_state_dict(self.model.state_dict())
-        traces = []
-        answers = []
+        found = []
         certainty = [self.column([])]
-        size = max(1, self.args.rollouts_per_batch // samples)
+        # A token in the sampler's cache takes far less memory than one in a training pass.
+        longest = self.args.max_prompt_tokens + self.args.max_new_tokens
+        size = max(1, 32 * self.args.tokens_per_batch // (longest * samples))
         for start in tqdm(range(0, len(prompts), size), "sampling", leave=False, delay=5,
                           disable=self.rank > 0 or None):  # None: shown on a terminal only
             batch = prompts[start:start + size]
@@ -424,10 +411,9 @@ class Trainer:
                 statistic=hytuning.self_certainty)
             certainty.append(means.double().flatten())
             for prompt, group in zip(batch, groups):
-                for response in group:
-                    trace, answer = read_response(self.text, prompt, response)
-                    traces.append(trace)
-                    answers.append(answer)
+                found += [read_response(self.text, prompt, response) for response in group]
+        traces = [trace for trace, _ in found]
+        answers = [answer for _, answer in found]
         return traces, answers, torch.cat(certainty)
 
     def measure_support(self, model: Decoder, traces) -> tuple[Tensor, Tensor]:
@@ -451,12 +437,10 @@ class Trainer:
     def column(self, values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.double, device=self.device)
 
-
-def mean_over_processes(x: Tensor) -> float | None:
-    """Return the mean of the values x of all processes, or None if there are none."""
-    sums = torch.tensor([x.sum(), len(x)], dtype=torch.double, device=x.device)
-    total, number = all_sum(sums).tolist()
-    return total / number if number else None
+    def global_mean(self, x: Tensor) -> float | None:
+        """Return the mean of the values x of all processes, or None if there are none."""
+        total, number = all_sum(self.column([x.sum(), len(x)])).tolist()
+        return total / number if number else None
 
 
 # -----------------------------------------------------------------------------
@@ -482,21 +466,18 @@ def answer_held_out(trainer: Trainer, held_out) -> list[dict]:
     for i, (_, question, gold) in enumerate(mine):
         samples = []
         for j in range(i * S, (i + 1) * S):
-            samples.append({"answer": answers[j], "right": is_right(answers[j], gold),
-                            "confidence": confidence[j], "prg": PRG[j],
+            samples.append({"answer": answers[j], "confidence": confidence[j], "prg": PRG[j],
                             "trace": traces[j], "support": support[j].tolist()})
         winner, fraction = data.majority(answers[i * S:(i + 1) * S])
-        vote = {"answer": winner, "right": is_right(winner, gold), "confidence": fraction}
+        vote = {"answer": winner, "confidence": fraction}
+        for x in (*samples, vote):
+            x["right"] = x["answer"] is not None and data.answers_match(x["answer"], gold)
         found.append({"question": question, "gold": gold, "samples": samples, "vote": vote})
     if trainer.world_size > 1:
         parts = [None] * trainer.world_size
         dist.all_gather_object(parts, found)
         found = sum(parts, [])
     return found
-
-
-def is_right(answer: str | None, gold: str) -> bool:
-    return answer is not None and data.answers_match(answer, gold)
 
 
 def evaluate(found: list[dict]) -> dict:
@@ -545,10 +526,9 @@ def measure_confidence(items: list[dict], queries: int) -> dict:
 def print_results(results: dict):
     """Print a table of the measures of each model, and the reliability diagram of its samples."""
     last = list(results.values())[-1]
-    say(f"\n{last['samples']} samples of {last['queries']} queries. The confidence of a sample is the "
-        "probability that the model\ngives to its answer after its reasoning. A vote is the most "
-        "common answer to a query, and its\nconfidence is its share of the samples. Without an "
-        "answer, a sample counts in the accuracy only.\n")
+    say(f"\n{last['samples']} samples of {last['queries']} queries. A vote is the most common answer to "
+        "a query, and its\nconfidence is its share of the samples. Samples without an answer count "
+        "in the accuracy only.\n")
     say(f"{'':22}" + "".join(f"{name:>16}" for name in results))
     say(f"{'':22}" + f"{'sample':>9}{'vote':>7}" * len(results))
     for measure in last["sample"]:
@@ -607,7 +587,7 @@ def describe_run(args) -> dict:
 
 
 def save(trainer: Trainer, run: dict):
-    """Write model/ and checkpoint.pt, from which --resume continues. An earlier run is removed."""
+    """Write model/ and checkpoint.pt, from which a run is resumed, in place of an earlier run."""
     out = Path(trainer.args.out)
     state = {**run, "model": trainer.model.state_dict(),
              "moments": trainer.optimizer.state_dict()["state"]}
@@ -615,7 +595,7 @@ def save(trainer: Trainer, run: dict):
     (out / "eval.json").unlink(missing_ok=True)
     shutil.rmtree(out / "model", ignore_errors=True)
     save_pretrained(trainer.model, out / "model", trainer.args.model)
-    # Until now, a crash leaves the earlier checkpoint.
+    # Before this line, a crash leaves the earlier checkpoint.
     os.replace(out / "checkpoint.pt.tmp", out / "checkpoint.pt")
 
 
@@ -780,6 +760,7 @@ def train(trainer: Trainer, run: dict) -> bool:
                 say(f"step {step} of {args.steps} saved: loss_rd {line['loss_rd']:.3f}, "
                     f"lambda {line['lambda']:.2f}, answered {show(line['answered'])}, "
                     f"PRG {show(line['prg_rollouts'])} (traces: {show(line['anchor'])})")
+    say(f"the model is in {log.parent / 'model'}, the log in {log}")
     if stopping:
         say(f"stopped after step {step}: add --resume to the command to continue")
     return not stopping
@@ -809,12 +790,10 @@ if __name__ == "__main__":
     # Print each line at once, and escape the characters that the terminal's encoding does not have.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        finished = main()
+        status = 0 if main() else 130  # so that a shell script stops, too
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        finished = False
+        status = 130
     except (CheckpointError, data.DataError, UsageError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    if not finished:
-        sys.exit(130)  # so that a shell script stops, too
+        status = 2
+    sys.exit(status)
