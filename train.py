@@ -526,9 +526,9 @@ def measure_confidence(items: list[dict], queries: int) -> dict:
 def print_results(results: dict):
     """Print a table of the measures of each model, and the reliability diagram of its samples."""
     last = list(results.values())[-1]
-    say(f"\n{last['samples']} samples of {last['queries']} queries. A vote is the most common answer to "
-        "a query, and its\nconfidence is its share of the samples. Samples without an answer count "
-        "in the accuracy only.\n")
+    say(f"\n{last['samples']} samples of {last['queries']} queries. A vote is the most common\n"
+        "answer to a query, and its confidence is its share of the samples. A sample without an\n"
+        "answer counts in the accuracy only.\n")
     say(f"{'':22}" + "".join(f"{name:>16}" for name in results))
     say(f"{'':22}" + f"{'sample':>9}{'vote':>7}" * len(results))
     for measure in last["sample"]:
