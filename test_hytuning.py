@@ -1235,29 +1235,24 @@ def toy_run(tmp_path_factory):
 @pytest.fixture
 def short_run(toy_run, tmp_path):
     """Return a function that does a short run in tmp_path/out with more arguments."""
-    def start(*more):
-        argv = [*files_of(toy_run[0] / "out/toy"), *SHORT, "--out", tmp_path / "out", *more]
-        return train.main([str(word) for word in argv])
-    return start
+    argv = [*files_of(toy_run[0] / "out/toy"), *SHORT, "--out", tmp_path / "out"]
+    return lambda *more: train.main([str(word) for word in [*argv, *more]])
 
 
 @pytest.fixture
 def trainer_for(toy_run):
-    """Return a function that makes a Trainer for the toy with more arguments."""
-    def build(*more):
+    """Return a function that makes a Trainer for the toy with more arguments. With noise in its
+    weights, some responses have no answer."""
+    def build(*more, noise=0):
         argv = [*files_of(toy_run[0] / "out/toy"), *SHORT, *more]
         args = train.parse_arguments([str(word) for word in argv])
         model, text = train.load_model(args, "cpu", datetime.now())
-        return train.Trainer(args, model, text, *train.load_data(args, text, 10**9)[:2])
-    return build
-
-
-def disturb(model):
-    """Add noise to the weights, so that some responses have no answer."""
-    torch.manual_seed(0)
-    with torch.no_grad():
+        trainer = train.Trainer(args, model, text, *train.load_data(args, text, 10**9)[:2])
+        torch.manual_seed(0)
         for p in model.parameters():
-            p += 0.04 * torch.randn_like(p)
+            p.data += noise * torch.randn_like(p)
+        return trainer
+    return build
 
 
 def test_the_default_run_improves_accuracy_and_prints_an_example(toy_run):
@@ -1265,7 +1260,6 @@ def test_the_default_run_improves_accuracy_and_prints_an_example(toy_run):
     lines = records_of(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert all(math.isfinite(value) for line in lines for value in line.values())
-    assert all(0 < line["lambda"] < 1 for line in lines)
     assert lines[-1]["loss_rd"] < 0.8 * lines[0]["loss_rd"]
     result = json.loads((out / "eval.json").read_text())
     assert result["final"]["sample"]["accuracy"] > result["base"]["sample"]["accuracy"] + 0.1
@@ -1273,24 +1267,20 @@ def test_the_default_run_improves_accuracy_and_prints_an_example(toy_run):
         assert said in toy_run[1]
 
 
-def test_the_saved_model_is_complete(toy_run, tmp_path, monkeypatch):
-    """The loaded model has the same evaluation, and transformers opens it and its tokenizer."""
+def test_the_saved_model_is_complete(toy_run, tmp_path):
+    """The loaded model has the same evaluation, and transformers opens its tokenizer."""
     folder = tmp_path / "a b é 漢"
     shutil.copytree(toy_run[0] / "out/run/model", folder)
-    monkeypatch.chdir(tmp_path)
     path = toy_run[0] / "out/toy/data-0/eval.jsonl"
-    more = ["--max_new_tokens", 48, "--max_eval", 40, "--eval_samples", 4, "--out", "again é"]
-    argv = ["--eval_only", "--model", folder, "--eval", path, *SMALL, *more]
+    argv = ["--eval_only", "--model", folder, "--eval", path, *SMALL, "--max_new_tokens", 48,
+            "--max_eval", 40, "--eval_samples", 4, "--out", folder]
     train.main([str(word) for word in argv])
-    again = json.loads(Path("again é/eval_only.json").read_text())
+    again = json.loads((folder / "eval_only.json").read_text())
     agree(again["model"], json.loads((toy_run[0] / "out/run/eval.json").read_text())["final"])
-    ours = load_pretrained(folder)
-    text = data.Text(folder, ours.eos_ids)
+    text = data.Text(folder, load_pretrained(folder).eos_ids)
     prompt = text.encode_prompt(records_of(path)[0]["prompt"])
     tokenizer = transformers().AutoTokenizer.from_pretrained(folder)
     assert tokenizer(text.decode(prompt)).input_ids == prompt
-    ids = torch.tensor([prompt])
-    close(reopened(folder)(ids).logits, ours(ids), 1e-4)
 
 
 def test_the_end_token_stays_the_first_of_several(trainer_for, toy_run, tmp_path):
@@ -1324,8 +1314,8 @@ def test_traces_are_weighted_by_their_prg_under_the_frozen_starting_model(
 def test_a_step_matches_its_definition(method, trainer_for):
     """PRG, c, answers, A and lambda are computed with a pass for each text, one after the other."""
     G, N = 4, 12
-    trainer = trainer_for("--group_size", G, "--queries_per_step", 3, "--method", method)
-    disturb(trainer.model)  # the judge stays as it is
+    trainer = trainer_for("--group_size", G, "--queries_per_step", 3, "--method", method,
+                          noise=0.03)
     with patch.object(trainer, "update", return_value=(0.0, 0.0)) as update:
         line = trainer.step()
     rollouts, A, lam, _ = update.call_args.args
@@ -1340,10 +1330,10 @@ def test_a_step_matches_its_definition(method, trainer_for):
     expected, e = learning_signals(method, c, PRG, numbers, G, trainer.anchor)
     assert lam == line["lambda"] == pytest.approx(e.mean().item(), rel=1e-4)
     close(A, weigh_queries(expected, e, lam, G), 1e-3)
-    assert line["self_certainty"] == pytest.approx(c.mean().item(), rel=1e-4)
-    assert line["answered"] == (numbers >= 0).sum() / N
-    assert line["prg_rollouts"] == pytest.approx(PRG[numbers >= 0].mean().item(), abs=1e-5)
-    assert line["prg_rollouts"] > PRG.mean() + 0.1, "or all rollouts have an answer"
+    PRG = PRG[numbers >= 0]
+    assert 0 < len(PRG) < N, "or all rollouts have an answer"
+    agree([line[name] for name in ("self_certainty", "answered", "prg_rollouts")],
+          [c.mean().item(), len(PRG) / N, PRG.mean().item()], 1e-4)
 
 
 @pytest.mark.parametrize("lam, zeros, more", [
@@ -1393,68 +1383,60 @@ def test_a_run_in_bfloat16_stays_near_float32(trainer_for):
 
 
 def test_an_evaluation_matches_its_definition_for_any_batch_size(trainer_for):
-    trainer = trainer_for("--max_eval", 12, "--eval_samples", 3)
-    disturb(trainer.model)
+    trainer = trainer_for("--max_eval", 12, "--eval_samples", 3, noise=0.03)
     held_out = train.load_data(trainer.args, trainer.text, 10**9)[2]
     result = train.evaluate(train.answer_held_out(trainer, held_out))
-    rates = []
-    votes = []
+    rates = {"sample": [], "vote": []}  # the accuracy on each query
+    items = {"sample": [], "vote": []}  # of what has an answer: (confidence, whether right)
+    PRG = []
     wins = []
-    samples = []  # of the answered samples: (confidence, whether right, PRG)
     for prompt, _, gold in held_out:
         group, answers, _ = trainer.sample([prompt], 3, ("evaluation", 0))
         answered = []
         for x, answer in zip(group, answers):
             if answer is not None:
                 support, mask = answer_support(trainer.model, [x])
-                answered.append((support[mask][-1].item(), data.answers_match(answer, gold),
-                                 prg_by_definition(trainer.model, x)))
-        samples += answered
-        rates.append(sum(right for _, right, _ in answered) / 3)
-        for (_, a_right, a), (_, b_right, b) in itertools.permutations(answered, 2):
+                answered.append((support[mask][-1].item(), data.answers_match(answer, gold)))
+                PRG.append(prg_by_definition(trainer.model, x))
+        pairs = zip(answered, PRG[len(PRG) - len(answered):])
+        for ((_, a_right), a), ((_, b_right), b) in itertools.permutations(pairs, 2):
             if a_right and not b_right:
                 wins.append(0.5 if a == b else float(a > b))
         winner, fraction = data.majority(answers)
-        if winner is not None:
-            votes.append((fraction, data.answers_match(winner, gold)))
-    p, right, PRG = zip(*samples)
-    n = len(samples)
-    assert 0 < sum(right) < n < 36 and len(wins) > 3, "or nothing was tested"
+        vote = [] if winner is None else [(fraction, data.answers_match(winner, gold))]
+        for kind, found, number in ("sample", answered, 3), ("vote", vote, 1):
+            items[kind] += found
+            rates[kind].append(sum(right for _, right in found) / number)
+    n = len(PRG)
+    assert n < 36 and len(wins) > 3, "or nothing was tested"
     expected = {"queries": 12, "samples": 36, "answered": n / 36, "prg": sum(PRG) / n,
                 "prg_wins": sum(wins) / len(wins), "prg_pairs": len(wins),
-                "reliability": prg.reliability(p, right)}
-    voted = [float(x) for _, x in votes] + [0.0] * (12 - len(votes))
-    for name, by_query, confidence, correct in (("sample", rates, p, right),
-                                                ("vote", voted, *zip(*votes))):
-        expected[name] = dict(
-            accuracy=statistics.mean(by_query), standard_error=statistics.stdev(by_query) / 12**0.5,
-            confidence=statistics.mean(confidence),
-            confidence_when_wrong=statistics.mean(x for x, r in zip(confidence, correct) if not r),
-            ece=expected_calibration_error(confidence, correct),
-            brier=brier_score(confidence, correct), auroc=auroc(confidence, correct))
+                "reliability": prg.reliability(*zip(*items["sample"]))}
+    for kind in items:
+        p, right = zip(*items[kind])
+        expected[kind] = dict(
+            accuracy=statistics.mean(rates[kind]), confidence=statistics.mean(p),
+            standard_error=statistics.stdev(rates[kind]) / 12**0.5,
+            confidence_when_wrong=statistics.mean(x for x, r in items[kind] if not r),
+            ece=expected_calibration_error(p, right), brier=brier_score(p, right),
+            auroc=auroc(p, right))
     agree(result, expected)
     trainer.args.tokens_per_batch = 24  # two queries at a time
     agree(train.evaluate(train.answer_held_out(trainer, held_out)), result)
 
 
 def test_a_model_that_stops_answering_does_not_look_better_calibrated():
-    def evaluate(right, wrong, missing):
-        """Evaluate this many queries with one sample each and a confidence of 0.9."""
-        found = []
-        for answer, count in ("yes", right), ("no", wrong), (None, missing):
-            sample = {"answer": answer, "right": answer == "yes", "prg": 0.5, "confidence": 0.9}
-            if answer is None:
-                sample.update(prg=-1.0, confidence=0.0)
-            found += [{"samples": [sample], "vote": sample}] * count
-        return train.evaluate(found)
-
-    for missing, accuracy in (0, 0.5), (50, 0.25):
-        result = evaluate(25, 25, missing)
+    right = {"answer": "yes", "right": True, "prg": 0.5, "confidence": 0.9}
+    wrong = {"answer": "no", "right": False, "prg": 0.5, "confidence": 0.9}
+    missing = {"answer": None, "right": False, "prg": -1.0, "confidence": 0.0}
+    for number, accuracy in (0, 0.5), (2, 0.25):
+        samples = [right, wrong, *[missing] * number]
+        result = train.evaluate([{"samples": [x], "vote": x} for x in samples])
         assert result["prg"] == 0.5 and result["answered"] == 2 * accuracy
         for kind in ("sample", "vote"):
             measures = [result[kind][name] for name in ("accuracy", "ece", "brier", "auroc")]
             assert measures == pytest.approx([accuracy, 0.4, 0.41, 0.5])
-    silent = evaluate(0, 0, 3)
+    silent = train.evaluate([{"samples": [missing], "vote": missing}] * 2)
     assert silent["sample"]["accuracy"] == 0 and silent["sample"]["ece"] is silent["prg"] is None
 
 
@@ -1462,7 +1444,7 @@ def test_results_are_printed_as_a_table_and_diagrams_to_scale(capsys):
     base = {"sample": {"accuracy": 0.25, "auroc": None}, "vote": {"accuracy": 0.5, "auroc": 0.75},
             "queries": 4, "samples": 8, "answered": 1.0, "prg": 0.3, "prg_wins": 0.6,
             "prg_pairs": 12, "reliability": [(0.25, 0.5, 6), (1.0, 0.0, 2)]}
-    train.print_results({"base": base, "final": {**base, "reliability": [(0.5, 1.0, 8)]}})
+    train.print_results({"base": base, "final": base})
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines]
     start = rows.index(["base", "final"])
@@ -1470,10 +1452,8 @@ def test_results_are_printed_as_a_table_and_diagrams_to_scale(capsys):
         ["sample", "vote"] * 2, ["accuracy", *["0.250", "0.500"] * 2],
         ["auroc", *["None", "0.750"] * 2], ["answered", *["1.000"] * 2], ["prg", *["0.300"] * 2],
         ["prg_wins", *["0.600"] * 2], ["prg_pairs", *["12"] * 2]]
-    diagram = [line for line in lines if line.startswith("  ") and " of " in line]
-    assert diagram == ["  0.25  " + "#" * 10 + "|" + "#" * 9 + " " * 21 + "  0.50 of 6",
-                       "  1.00  " + " " * 40 + "|  0.00 of 2",
-                       "  0.50  " + "#" * 20 + "|" + "#" * 19 + "   1.00 of 8"]
+    assert lines[-2:] == ["  0.25  " + "#" * 10 + "|" + "#" * 9 + " " * 21 + "  0.50 of 6",
+                          "  1.00  " + " " * 40 + "|  0.00 of 2"]
 
 
 def test_examples_show_support_or_why_there_is_no_answer(trainer_for, capsys):
@@ -1484,8 +1464,7 @@ def test_examples_show_support_or_why_there_is_no_answer(trainer_for, capsys):
     for response, lines in (
             (whole, ["  p = 0.25 #####                (before any step)",
                      "  p = 0.50 ##########           1 suggests", f"  answer: {name}; PRG 0.250"]),
-            (whole[:-1], ["  1 suggests", f"Answer: {name}",
-                          "  (no answer: cut off at --max_new_tokens)"]),
+            (no_marker[:-1], ["  1 suggests", "  (no answer: cut off at --max_new_tokens)"]),
             (no_marker, ["  1 suggests", "  (no answer: none behind a marker)"])):
         trace, answer = train.read_response(text, text.encode_prompt("Findings:"), response)
         sample = {"answer": answer, "prg": 0.25, "trace": trace, "support": [0.25, 0.5]}
@@ -1528,28 +1507,21 @@ def test_a_signal_is_answered_at_once_and_the_handlers_are_restored(short_run, c
 
 
 @pytest.mark.parametrize("arguments, named", [
-    ("--model m", "--labeled"), ("--unlabeled a.jsonl", "--model"), ("--lr much", "--lr"),
-    ("--lerning_rate 1", "--lerning_rate"), ("--step 1", "--step"), ("--device cuda:1", "cuda")])
+    ("--model m", "--labeled"), ("--unlabeled a.jsonl", "--model"), ("--step 1", "--step")])
 def test_a_bad_argument_is_named(arguments, named, capsys):
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit):
         train.parse_arguments(arguments.split(" "))
-    assert caught.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]
+    assert named in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("more, named", [
     (["--labeled", "none.jsonl"], "none.jsonl"), (["--labeled", "~/bad.jsonl"], "bad.jsonl line 1"),
-    (["--max_new_tokens", 65], "--max_new"), (["--out", "bad.jsonl/out"], "bad.jsonl"),
-    (["--model", "nan"], "finite")])
-def test_an_invalid_run_is_refused_before_it_writes(
-        more, named, short_run, toy_run, tmp_path, monkeypatch):
+    (["--max_new_tokens", 65], "--max_new"), (["--out", "bad.jsonl/out"], "bad.jsonl")])
+def test_an_invalid_run_is_refused_before_it_writes(more, named, short_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    shutil.copytree(toy_run[0] / "out/toy", "nan")
-    weights = load_file("nan/model.safetensors")
-    save_file({name: math.nan * w for name, w in weights.items()}, "nan/model.safetensors")
     Path("bad.jsonl").write_text("{")
-    errors = (train.UsageError, data.DataError, OSError, FloatingPointError)
-    with pytest.raises(errors, match=re.escape(named)):
+    with pytest.raises((train.UsageError, data.DataError, OSError), match=re.escape(named)):
         short_run(*more)
     assert not list(tmp_path.glob("out/*"))
 
@@ -1565,18 +1537,15 @@ def content_of(folder) -> dict:
 
 
 @pytest.mark.parametrize("option, name", [
-    ("--eval", "eval.json"), ("--labeled", "model/a.jsonl"), ("--model", "model/deeper"),
-    ("--model", ""), ("", "eval.json"), ("", "model/notes.txt")])
+    ("--eval", "eval.json"), ("--model", "model"), ("", "eval.json"), ("", "model/notes.txt")])
 def test_a_file_that_the_run_would_replace_is_refused_and_kept(option, name, short_run, tmp_path):
     """It may be an input of the run. Without metrics.jsonl, --out is not the folder of a run."""
     path = tmp_path / "out" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if name:
-        path.touch()
-    before = content_of(tmp_path)
+    path.parent.mkdir(parents=True)
+    path.touch()
     with pytest.raises(train.UsageError, match="use another --out"):
         short_run(*[option, path] if option else [])
-    assert content_of(tmp_path) == before
+    assert [x for x in tmp_path.rglob("*") if x.is_file()] == [path]
 
 
 def test_a_new_run_keeps_the_earlier_one_until_it_saves(short_run, toy_run, tmp_path, capsys):
@@ -1607,8 +1576,8 @@ def test_a_run_goes_on_if_its_output_cannot_be_written(toy_run, tmp_path):
     done = subprocess.run(
         ["bash", "-c", 'set -o pipefail; "$@" | head -1', "", *map(str, argv)], cwd=tmp_path,
         env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii:strict"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == r"\xe9\u6f22 has no chat template: prompts are plain text" + "\n"
-    assert done.returncode == 0 and done.stderr == ""
     assert (tmp_path / "out/run/eval_only.json").exists()
 
 
