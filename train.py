@@ -5,16 +5,8 @@
     torchrun --nproc_per_node=8 train.py --model ...    # the same on eight GPUs
 
 Before training, the PRG of each supervised trace is computed under the starting model. The mean
-PRG is the anchor a, and the PRG of a trace sets its weight v. Every step then does the following:
-
-    1. Sample a group of G rollouts for each unlabeled query, and compute their self-certainty c.
-    2. Compute the PRG of each rollout under the frozen starting model.
-    3. Compute the weight w of each rollout from its PRG.
-    4. Pool the rollouts that give the same answer into rewards r and earned shares e.
-    5. Compute the advantages A and lambda, and multiply A by lambda_q / lambda of its query q.
-    6. Take one optimizer step on (1 - lambda) L_RD + lambda L_RLIF.
-
-Read hytuning.py and prg.py first, then `Trainer.step`, then data.py and model.py.
+PRG is the anchor a, and the PRG of a trace sets its weight v. `Trainer.step` then has six numbered
+steps. Read hytuning.py and prg.py before it, and data.py and model.py after it.
 
 SPDX-License-Identifier: MIT
 """
@@ -52,34 +44,20 @@ class UsageError(ValueError):
 # -----------------------------------------------------------------------------
 # arguments
 
-METHODS = ("rd", "rlif", "static", "votes", "hytuning")
-
-# The training files of the methods that do not need both.
-LEARNS_FROM = {"rd": ("labeled",), "rlif": ("unlabeled",)}
+# The training files of each method.
+BOTH = ("labeled", "unlabeled")
+METHODS = {"rd": ("labeled",), "rlif": ("unlabeled",), "static": BOTH, "votes": BOTH,
+           "hytuning": BOTH}
 
 # Options that may change when a run is resumed.
 MAY_CHANGE = ("steps", "out", "resume", "save_every", "show", "device", "tokens_per_batch",
-              "rollouts_per_batch", "checkpoint_activations")
+              "checkpoint_activations")
 
 # Defaults that depend on the task or the device.
 TOY = dict(max_labeled=16, max_prompt_tokens=64, max_new_tokens=48, lr=4e-4, tokens_per_batch=4096)
 REAL = dict(max_labeled=0, max_prompt_tokens=512, max_new_tokens=512, lr=2e-6)
 GPU = dict(tokens_per_batch=16384, dtype="bfloat16")
 CPU = dict(tokens_per_batch=1024, dtype="float32")
-
-
-# If one of these types refuses a value, argparse says "invalid positive_int value: '0'".
-
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def positive_float(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -96,8 +74,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--eval", type=path, help='JSONL file of held-out {"prompt", "answer"}')
     add("--max_labeled", type=int, help="traces to read; 0 means all (0; toy: 16)")
     add("--max_eval", type=int, default=0, help="--eval records to read; 0 means all (0)")
-    add("--max_prompt_tokens", type=positive_int, help="skip longer prompts (512; toy: 64)")
-    add("--max_new_tokens", type=positive_int, help="skip or cut longer responses (512; toy: 48)")
+    add("--max_prompt_tokens", type=int, help="skip longer prompts (512; toy: 64)")
+    add("--max_new_tokens", type=int, help="skip or cut longer responses (512; toy: 48)")
     add("--marker", default=data.MARKER, help="text before the answer (%(default)s)")
 
     add = parser.add_argument_group("method").add_argument
@@ -105,37 +83,31 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         help="rd: supervised traces only; rlif: self-certainty only; static: half rd, half rlif; "
              "votes: rd and rlif mixed by lambda, self-certainty pooled by answer; hytuning: votes "
              "weighted by PRG (%(default)s)")
-    add("--queries_per_step", type=positive_int, default=16, help="for all processes (%(default)s)")
-    add("--group_size", type=positive_int, default=8, help="G, rollouts per query (%(default)s)")
-    add("--traces_per_step", type=positive_int, default=16, help="for all processes (%(default)s)")
+    add("--queries_per_step", type=int, default=16,
+        help="unlabeled queries of a step, and supervised traces, for all processes (%(default)s)")
+    add("--group_size", type=int, default=8, help="G, rollouts per query, at least 2 (%(default)s)")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=positive_int, default=100, help="training steps (%(default)s)")
-    add("--lr", type=positive_float, help="learning rate of AdamW (2e-6; toy: 4e-4)")
+    add("--steps", type=int, default=100, help="training steps (%(default)s)")
+    add("--lr", type=float, help="learning rate of AdamW (2e-6; toy: 4e-4)")
     add("--seed", type=int, default=0, help="random seed, 0 or more (%(default)s)")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", type=path, default="out/run", help="folder for all results (%(default)s)")
     add("--resume", action="store_true", help="continue from the checkpoint in --out")
     add("--eval_only", action="store_true", help="evaluate --model without training")
-    add("--eval_samples", type=positive_int, default=8, help="samples per query (%(default)s)")
-    add("--save_every", type=positive_int, default=20, help="steps between saves (%(default)s)")
+    add("--eval_samples", type=int, default=8, help="samples per query (%(default)s)")
+    add("--save_every", type=int, default=20, help="steps between saves (%(default)s)")
     add("--show", type=int, default=3, help="examples to print at the end (%(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda: one GPU for each process (%(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), help="of a forward pass (bfloat16 on a GPU)")
-    add("--tokens_per_batch", type=positive_int,
+    add("--tokens_per_batch", type=int,
         help="tokens of a forward pass, with padding (GPU: 16384; CPU: 1024; toy: 4096)")
-    add("--rollouts_per_batch", type=positive_int, default=512,
-        help="rollouts that a process samples at a time (%(default)s)")
     add("--checkpoint_activations", action="store_true",
         help="save memory in the update, which then takes a third more time")
 
     args = parser.parse_args(argv)
-    if args.group_size == 1:
-        parser.error("--group_size cannot be 1, since a group compares rollouts: give at least 2")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no GPU: use --device cpu")
     if not args.model and (args.eval_only or args.labeled or args.unlabeled or args.eval):
         parser.error("--model is missing: give the folder of a checkpoint")
     for name in files_needed(args):
@@ -149,25 +121,17 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def files_needed(args) -> tuple[str, ...]:
-    if args.eval_only:
-        return ("eval",)
-    return LEARNS_FROM.get(args.method, ("labeled", "unlabeled"))
+    return ("eval",) if args.eval_only else METHODS[args.method]
 
 
 def check_out(args):
-    """Raise UsageError if the run would overwrite one of its inputs, or files that no run wrote.
-
-    Every run begins with metrics.jsonl, so without it the other files are not from a run.
-    """
+    """Raise UsageError if training would replace one of its inputs, or files that no run wrote."""
     out = Path(args.out).resolve()
-    written = ["eval_only.json"]
-    if not args.eval_only:
-        written = ["metrics.jsonl", "checkpoint.pt", "eval.json", "model"]
-    for name in written:
-        for used in (args.model, args.labeled, args.unlabeled, args.eval):
-            if used and Path(used).resolve().is_relative_to(out / name):
-                raise UsageError(f"{used} lies where the run writes {name}: use another --out")
-        if not (out / written[0]).exists() and (out / name).exists():
+    for path in (args.model, args.labeled, args.unlabeled, args.eval):
+        if path and Path(path).resolve().is_relative_to(out):
+            raise UsageError(f"{path} lies in --out, where a run replaces files: use another --out")
+    for name in ("model", "checkpoint.pt", "eval.json"):
+        if (out / name).exists() and not (out / "metrics.jsonl").exists():  # every run writes it
             raise UsageError(f"{out / name} would be replaced, but is not from a run: use another "
                              "--out")
 
@@ -176,11 +140,7 @@ def check_out(args):
 # processes
 
 def set_up_processes(args) -> tuple[int, int, torch.device]:
-    """Return (rank, world size, device) of this process.
-
-    torchrun starts the processes and sets the variables. If a process dies, torchrun reports its
-    rank and ends the others. If one hangs, they end after the timeout.
-    """
+    """Return (rank, world size, device) of this process, from the variables that torchrun sets."""
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -207,28 +167,13 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
-def from_rank_0(value):
-    """Return the value that rank 0 has in all processes."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def say(text: str):
-    """Print a line on rank 0 without breaking a progress bar."""
-    if dist.is_initialized() and dist.get_rank() > 0:
+    """Print a text, if it is not empty, on rank 0 without breaking a progress bar."""
+    if not text or (dist.is_initialized() and dist.get_rank() > 0):
         return
     try:
-        with tqdm.external_write_mode():
-            print(text, flush=True)
-    except BrokenPipeError:
-        # Nobody reads the output any more, as after `| head`. The run goes on without it.
+        tqdm.write(text)
+    except BrokenPipeError:  # nobody reads the output any more, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -260,19 +205,16 @@ def load_data(args, text: data.Text, context: int):
     traces = []
     queries = []
     held_out = []
-    notes = []
     if "labeled" in files_needed(args):
         pairs, note = data.load_labeled(args.labeled, text, limit, args.max_new_tokens,
                                         args.max_labeled)
         traces = [read_response(text, prompt, response)[0] for prompt, response in pairs]
-        notes.append(note)
+        say(note)
     if "unlabeled" in files_needed(args):
         queries, note = data.load_unlabeled(args.unlabeled, text, limit)
-        notes.append(note)
+        say(note)
     if args.eval:
         held_out, note = data.load_eval(args.eval, text, limit, args.max_eval)
-        notes.append(note)
-    for note in filter(None, notes):
         say(note)
     # Prompts are padded to the longest of a batch, so put those of similar length together.
     held_out.sort(key=lambda query: len(query[0]))
@@ -350,18 +292,16 @@ class Trainer:
         This process samples N rollouts, G consecutive ones for each of its queries.
         """
         args = self.args
-        clock = [self.now()]
+        start = time.perf_counter()
 
         # 1. Sample a group of G rollouts for each query, and compute their self-certainty c.
         indices = self.draw_batch(len(self.queries), args.queries_per_step, "queries")
         queries = [self.queries[i] for i in indices]
         seed = ("rollouts", args.seed, self.steps_done)
         rollouts, answers, c = self.sample(queries, args.group_size, seed)  # [N] each
-        clock.append(self.now())
 
         # 2. Compute the PRG of each rollout under the frozen starting model.
         PRG = self.compute_prg(rollouts)  # [N]
-        clock.append(self.now())
 
         # 3. to 5. Compute w, r, e, A and lambda. To try another reward, change `learning_signals`.
         answers = self.column(data.number_answers(answers, args.group_size))  # [N], -1 for none
@@ -373,20 +313,15 @@ class Trainer:
 
         # 6. Take one optimizer step on (1 - lambda) L_RD + lambda L_RLIF.
         L_RD, grad_norm = self.update(rollouts, A, lam, N_all)
-        clock.append(self.now())
         self.steps_done += 1
 
         answered = answers >= 0
         lengths = self.column([len(x.response) for x in rollouts])
-        line = {"step": self.steps_done, "lambda": lam, "loss_rd": L_RD, "grad_norm": grad_norm,
-                "anchor": self.anchor, "prg_rollouts": mean_over_processes(PRG[answered]),
-                "self_certainty": mean_over_processes(c),
-                "answered": mean_over_processes(answered),
-                "undecided": mean_over_processes(A == 0),
-                "response_length": mean_over_processes(lengths)}
-        for name, start, end in zip(("sampling", "judging", "update"), clock, clock[1:]):
-            line[f"seconds_{name}"] = end - start
-        return line
+        return {"step": self.steps_done, "lambda": lam, "loss_rd": L_RD, "grad_norm": grad_norm,
+                "anchor": self.anchor, "prg_rollouts": self.global_mean(PRG[answered]),
+                "self_certainty": self.global_mean(c), "answered": self.global_mean(answered),
+                "response_length": self.global_mean(lengths),
+                "seconds": time.perf_counter() - start}
 
     def update(self, rollouts, A: Tensor, lam: float, N_all: float) -> tuple[float, float]:
         """Take one optimizer step, and return L_RD and the gradient norm of all processes.
@@ -396,7 +331,7 @@ class Trainer:
         """
         indices = []
         if lam < 1:
-            indices = self.draw_batch(len(self.traces), self.args.traces_per_step, "traces")
+            indices = self.draw_batch(len(self.traces), self.args.queries_per_step, "traces")
         traces = [self.traces[i] for i in indices]
         v = self.v[indices].float()
         tokens = all_sum(self.column([sum(len(x.response) for x in traces)])).clamp(min=1)
@@ -461,13 +396,12 @@ class Trainer:
         """Return N = len(prompts) x samples responses as traces, grouped by prompt, their answers
         (None if there is none) and their self-certainty c [N]."""
         if self.sampling_model is not self.model:
-            with torch.no_grad():
-                for copied, p in zip(self.sampling_model.parameters(), self.model.parameters()):
-                    copied.copy_(p)
-        traces = []
-        answers = []
+            self.sampling_model.load_state_dict(self.model.state_dict())
+        found = []
         certainty = [self.column([])]
-        size = max(1, self.args.rollouts_per_batch // samples)
+        # A token in the sampler's cache takes far less memory than one in a training pass.
+        longest = self.args.max_prompt_tokens + self.args.max_new_tokens
+        size = max(1, 32 * self.args.tokens_per_batch // (longest * samples))
         for start in tqdm(range(0, len(prompts), size), "sampling", leave=False, delay=5,
                           disable=self.rank > 0 or None):  # None: shown on a terminal only
             batch = prompts[start:start + size]
@@ -477,10 +411,9 @@ class Trainer:
                 statistic=hytuning.self_certainty)
             certainty.append(means.double().flatten())
             for prompt, group in zip(batch, groups):
-                for response in group:
-                    trace, answer = read_response(self.text, prompt, response)
-                    traces.append(trace)
-                    answers.append(answer)
+                found += [read_response(self.text, prompt, response) for response in group]
+        traces = [trace for trace, _ in found]
+        answers = [answer for _, answer in found]
         return traces, answers, torch.cat(certainty)
 
     def measure_support(self, model: Decoder, traces) -> tuple[Tensor, Tensor]:
@@ -504,17 +437,10 @@ class Trainer:
     def column(self, values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.double, device=self.device)
 
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-
-def mean_over_processes(x: Tensor) -> float | None:
-    """Return the mean of the values x of all processes, or None if there are none."""
-    sums = torch.tensor([x.sum(), len(x)], dtype=torch.double, device=x.device)
-    total, number = all_sum(sums).tolist()
-    return total / number if number else None
+    def global_mean(self, x: Tensor) -> float | None:
+        """Return the mean of the values x of all processes, or None if there are none."""
+        total, number = all_sum(self.column([x.sum(), len(x)])).tolist()
+        return total / number if number else None
 
 
 # -----------------------------------------------------------------------------
@@ -540,23 +466,18 @@ def answer_held_out(trainer: Trainer, held_out) -> list[dict]:
     for i, (_, question, gold) in enumerate(mine):
         samples = []
         for j in range(i * S, (i + 1) * S):
-            samples.append({"answer": answers[j], "right": is_right(answers[j], gold),
-                            "confidence": confidence[j], "prg": PRG[j],
+            samples.append({"answer": answers[j], "confidence": confidence[j], "prg": PRG[j],
                             "trace": traces[j], "support": support[j].tolist()})
         winner, fraction = data.majority(answers[i * S:(i + 1) * S])
-        vote = {"answer": winner, "right": is_right(winner, gold), "confidence": fraction}
+        vote = {"answer": winner, "confidence": fraction}
+        for x in (*samples, vote):
+            x["right"] = x["answer"] is not None and data.answers_match(x["answer"], gold)
         found.append({"question": question, "gold": gold, "samples": samples, "vote": vote})
     if trainer.world_size > 1:
         parts = [None] * trainer.world_size
         dist.all_gather_object(parts, found)
-        found = [None] * len(held_out)
-        for rank, part in enumerate(parts):
-            found[rank::trainer.world_size] = part
+        found = sum(parts, [])
     return found
-
-
-def is_right(answer: str | None, gold: str) -> bool:
-    return answer is not None and data.answers_match(answer, gold)
 
 
 def evaluate(found: list[dict]) -> dict:
@@ -603,14 +524,12 @@ def measure_confidence(items: list[dict], queries: int) -> dict:
 
 
 def print_results(results: dict):
-    """Print the measures of each model, and the reliability diagrams of their samples."""
+    """Print a table of the measures of each model, and the reliability diagram of its samples."""
     last = list(results.values())[-1]
-    say("\nsample: one response; its confidence p_K is the probability that the evaluated model\n"
-        "        gives to its answer after its reasoning\n"
-        "vote:   the most common answer to a query; its confidence is its share of the samples\n"
-        f"There are {last['samples']} samples of {last['queries']} queries. The accuracy counts "
-        "missing answers as\nwrong, and the other measures leave them out.")
-    say(f"\n{'':22}" + "".join(f"{name:>16}" for name in results))
+    say(f"\n{last['samples']} samples of {last['queries']} queries. A vote is the most common\n"
+        "answer to a query, and its confidence is its share of the samples. A sample without an\n"
+        "answer counts in the accuracy only.\n")
+    say(f"{'':22}" + "".join(f"{name:>16}" for name in results))
     say(f"{'':22}" + f"{'sample':>9}{'vote':>7}" * len(results))
     for measure in last["sample"]:
         row = f"{measure:22}"
@@ -628,72 +547,63 @@ def print_results(results: dict):
 
 
 def show(value: float | int | None) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, int):
-        return str(value)
-    return f"{round(value, 3) + 0.0:.3f}"  # + 0.0 turns -0.0 into 0.0
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def print_examples(text: data.Text, found: list[dict]):
     """Print held-out queries with the support after each step of their first sample."""
     for query in found:
-        S = len(query["samples"])
         sample = query["samples"][0]
         trace = sample["trace"]
-        say(f"\n{query['question']}\n  sample 1 of {S}:")
-        if sample["answer"] is not None:
+        say(f"\n{query['question']}")
+        if sample["answer"] is None:
+            ended = trace.tokens[-1] in text.end_ids
+            reason = "none behind a marker" if ended else "cut off at --max_new_tokens"
+            say(f"  {text.decode(trace.response)}\n  (no answer: {reason})")
+        else:
             steps = [text.decode(trace.tokens[a:b]) for a, b in zip(trace.cuts, trace.cuts[1:])]
             for p, step in zip(sample["support"], ["(before any step)", *steps]):
                 say(f"  p = {p:4.2f} {'#' * round(20 * p):20s} {' '.join(step.split())}")
-            verdict = "right" if sample["right"] else "wrong"
-            say(f"  answer: {sample['answer']} ({verdict}); PRG {show(sample['prg'])}")
-        elif trace.tokens[-1] in text.end_ids:
-            say(f"  {text.decode(trace.response)}\n  (no answer: there is none behind a marker)")
-        else:
-            say(f"  {text.decode(trace.response)}\n  (no answer: cut off at --max_new_tokens)")
-        votes = round(query["vote"]["confidence"] * S)
-        say(f"  majority: {query['vote']['answer']} ({votes} of {S} samples); right answer: "
-            f"{query['gold']}")
+            say(f"  answer: {sample['answer']}; PRG {show(sample['prg'])}")
+        vote = query["vote"]
+        say(f"  most common answer: {vote['answer']} ({vote['confidence']:.0%} of the samples); "
+            f"right answer: {query['gold']}")
 
 
 # -----------------------------------------------------------------------------
 # checkpoints
 
 def describe_run(args) -> dict:
-    """Return what must not change when a run is resumed: the options, and the checksum of each file
-    of the model and the data."""
+    """Return what a checkpoint has besides tensors: the settings, which must not change when the
+    run is resumed, the date that templates print, the evaluation of the starting model, and the
+    lines of metrics.jsonl, one for each step."""
     settings = {f"--{name}": x for name, x in vars(args).items() if name not in MAY_CHANGE}
-    paths = [getattr(args, name) for name in (*files_needed(args), "eval")]
+    paths = [args.labeled, args.unlabeled, args.eval]
     for pattern in ("*.json", "*.jinja", "*.safetensors"):
         paths += Path(args.model).glob(pattern)
-    for path in paths:
-        if path and Path(path).is_file():
-            digest = hashlib.sha256()
-            with open(path, "rb") as file:
-                while chunk := file.read(2**20):
-                    digest.update(chunk)
-            settings[str(path)] = digest.hexdigest()[:16]
-    return settings
+    for path in filter(None, paths):
+        settings[str(path)] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return {"settings": settings, "date": datetime.now().isoformat(), "base": None, "log": []}
 
 
-def save_checkpoint(trainer: Trainer, run: dict):
-    """Write checkpoint.pt, which has everything that a resumed run needs: `run`, the weights and
-    the moments of the optimizer. The model and the evaluation of an earlier run are removed."""
+def save(trainer: Trainer, run: dict):
+    """Write model/ and checkpoint.pt, from which a run is resumed, in place of an earlier run."""
     out = Path(trainer.args.out)
     state = {**run, "model": trainer.model.state_dict(),
              "moments": trainer.optimizer.state_dict()["state"]}
     torch.save(state, out / "checkpoint.pt.tmp")
-    os.replace(out / "checkpoint.pt.tmp", out / "checkpoint.pt")  # leaves no half-written file
     (out / "eval.json").unlink(missing_ok=True)
     shutil.rmtree(out / "model", ignore_errors=True)
+    save_pretrained(trainer.model, out / "model", trainer.args.model)
+    # Before this line, a crash leaves the earlier checkpoint.
+    os.replace(out / "checkpoint.pt.tmp", out / "checkpoint.pt")
 
 
 def read_checkpoint(args, run: dict) -> dict:
     """Return the content of the checkpoint in --out, or `run` if there is none. Raises UsageError
     if it was made with other settings or other files."""
     path = Path(args.out, "checkpoint.pt")
-    if not from_rank_0(path.is_file()):
+    if not path.is_file():
         say(f"there is no checkpoint in {args.out}: the run starts from the beginning")
         return run
     # With mmap, the processes of a machine share one copy in memory.
@@ -751,14 +661,13 @@ def set_up_toy(args, rank: int, device: torch.device):
     torch.set_num_threads(1)
     base = Path("out/toy")
     records = base / f"data-{args.seed}"
-    if rank == 0:
-        if (base / "model.safetensors").exists():
-            say(f"using the toy in {base}: remove it to build it anew")
-        else:
-            train_toy_base(base, device)
-        if not (records / "eval.jsonl").exists():
-            data.Triage().write_records(records, args.seed)
-    barrier()
+    if rank == 0 and not (base / "model.safetensors").exists():
+        train_toy_base(base, device)
+    if rank == 0 and not (records / "eval.jsonl").exists():
+        data.Triage().write_records(records, args.seed)
+    if dist.is_initialized():
+        dist.barrier()
+    say(f"the toy is in {base}: remove it to build it anew")
     args.model = str(base)
     args.labeled = str(records / "labeled.jsonl")
     args.unlabeled = str(records / "unlabeled.jsonl")
@@ -778,14 +687,14 @@ def main(argv=None) -> bool:
     rank, world_size, device = set_up_processes(args)
     if not args.model:
         set_up_toy(args, rank, device)
-    check_out(args)
     out = Path(args.out)
+    if not args.eval_only:
+        check_out(args)
     out.mkdir(parents=True, exist_ok=True)
-    # What a checkpoint has besides tensors: the settings, the date that templates print, the
-    # evaluation of the starting model, and the lines of metrics.jsonl, one for each step.
-    run = {"settings": describe_run(args) if rank == 0 else None,
-           "date": datetime.now().isoformat(), "base": None, "log": []}
-    run = from_rank_0(run)
+    received = [describe_run(args) if rank == 0 else None]
+    if world_size > 1:
+        dist.broadcast_object_list(received)
+    run = received[0]
     if args.resume:
         run = read_checkpoint(args, run)
     model, text = load_model(args, device, datetime.fromisoformat(run["date"]))
@@ -798,18 +707,10 @@ def main(argv=None) -> bool:
             trainer.restore(run)
         elif (out / "checkpoint.pt").exists():
             say(f"the first save will replace the earlier run in {out}, which --resume continues")
-        if rank == 0:
-            (out / "metrics.jsonl").write_text("".join(run["log"]))
         if held_out and run["base"] is None:
             run["base"] = evaluate(answer_held_out(trainer, held_out))
         results["base"] = run["base"]
         finished = train(trainer, run)
-        if rank == 0:
-            shutil.rmtree(out / "model", ignore_errors=True)  # it may be of fewer steps
-            save_pretrained(model, out / "model", args.model)
-            say(f"the model is in {out / 'model'}, the log in {out / 'metrics.jsonl'}")
-        if not finished:
-            say(f"stopped after step {trainer.steps_done}: add --resume to the command to continue")
     if finished and held_out:
         found = answer_held_out(trainer, held_out)
         results["model" if args.eval_only else "final"] = evaluate(found)
@@ -820,11 +721,10 @@ def main(argv=None) -> bool:
             found.sort(key=lambda query: query["vote"]["right"])  # wrong ones first
             print_examples(text, found[:args.show])
             say(f"\nthe results are in {out / name}")
-    if dist.is_initialized():
-        # Wait until rank 0 has written its files. The pause lets gloo's threads release their
-        # tensors: a thread that waits for the GIL while Python shuts down aborts the process
-        # (pytorch issue 190489).
-        barrier()
+    if world_size > 1:
+        dist.barrier()  # until rank 0 has written its files
+        # gloo's threads release their tensors. If one waited for the GIL while Python shuts down,
+        # the process would be aborted (pytorch issue 190489).
         time.sleep(0.2)
         dist.destroy_process_group()
     return finished
@@ -834,40 +734,40 @@ def train(trainer: Trainer, run: dict) -> bool:
     """Take the remaining steps, log them and save; return False if a signal stopped the run."""
     args = trainer.args
     if args.method == "hytuning" and trainer.anchor < 0.05:
-        say(f"warning: the mean PRG of the supervised traces is only {trainer.anchor:.3f}: if "
-            f"{args.model} has not learned the answer format, train it with --method rd first; if "
-            "it has learned these traces by heart, use other traces")
-    size = 12 * sum(p.numel() for p in trainer.model.parameters())  # weights and two moments
-    say(f"a checkpoint of {size / 1e6:.0f} MB is saved every {args.save_every} steps")
+        say(f"warning: the mean PRG of the supervised traces is only {trainer.anchor:.3f}, so "
+            f"{args.model} has not learned the answer format: train it with --method rd first")
+    log = Path(args.out, "metrics.jsonl")
+    if trainer.rank == 0:
+        log.write_text("".join(run["log"]))
     stopping = False
     bar = tqdm(total=args.steps, initial=trainer.steps_done, desc=args.method,
                disable=trainer.rank > 0 or None)  # None: shown on a terminal only
-    with note_signals(trainer) as signals, bar:
+    with note_signals(trainer.rank) as signals, bar:
         while trainer.steps_done < args.steps and not stopping:
             line = trainer.step()
+            step = trainer.steps_done
             run["log"].append(json.dumps(line) + "\n")
             if trainer.rank == 0:
-                with open(Path(args.out, "metrics.jsonl"), "a") as file:
+                with open(log, "a") as file:
                     file.write(run["log"][-1])
             bar.set_postfix_str(f"loss_rd {line['loss_rd']:.3f}", refresh=False)
             bar.update()
             # A signal may have reached only some of the processes.
             stopping = all_sum(torch.tensor(len(signals), device=trainer.device)).item() > 0
-            step = trainer.steps_done
             if stopping or step % args.save_every == 0 or step == args.steps:
                 if trainer.rank == 0:
-                    save_checkpoint(trainer, run)
-                say(f"step {step} of {args.steps} saved: loss_rd {line['loss_rd']:.3f}, lambda "
-                    f"{line['lambda']:.2f}, PRG of rollouts {show(line['prg_rollouts'])}, anchor "
-                    f"{show(line['anchor'])}")
-                if line["answered"] == 0:
-                    say("warning: no rollout has a readable answer: raise --max_new_tokens, lower "
-                        "--lr, or teach the format with --method rd first")
+                    save(trainer, run)
+                say(f"step {step} of {args.steps} saved: loss_rd {line['loss_rd']:.3f}, "
+                    f"lambda {line['lambda']:.2f}, answered {show(line['answered'])}, "
+                    f"PRG {show(line['prg_rollouts'])} (traces: {show(line['anchor'])})")
+    say(f"the model is in {log.parent / 'model'}, the log in {log}")
+    if stopping:
+        say(f"stopped after step {step}: add --resume to the command to continue")
     return not stopping
 
 
 @contextlib.contextmanager
-def note_signals(trainer: Trainer):
+def note_signals(rank: int):
     """Collect SIGINT and SIGTERM in a list, so that the current step can be finished and saved.
     A second signal of the same kind ends the process."""
     received = []
@@ -875,9 +775,8 @@ def note_signals(trainer: Trainer):
     def note(number, frame):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
-        if trainer.rank == 0:  # os.write, since the signal may have interrupted a call of print
-            os.write(2, f"\nfinishing step {trainer.steps_done + 1}, then saving; press Ctrl-C "
-                        "again to abort\n".encode())
+        if rank == 0:  # os.write, since the signal may have interrupted a call of print
+            os.write(2, b"\nfinishing the step, then saving; press Ctrl-C again to abort\n")
 
     handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -888,15 +787,13 @@ def note_signals(trainer: Trainer):
 
 
 if __name__ == "__main__":
-    # Escape the characters that the encoding of the terminal does not have.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    # Print each line at once, and escape the characters that the terminal's encoding does not have.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        finished = main()
+        status = 0 if main() else 130  # so that a shell script stops, too
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        finished = False
+        status = 130
     except (CheckpointError, data.DataError, UsageError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    if not finished:
-        sys.exit(130)  # so that a shell script stops, too
+        status = 2
+    sys.exit(status)
