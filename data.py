@@ -1,10 +1,10 @@
 """Answers, prompts and responses as text and as token ids, JSONL records, and a toy task.
 
 A response has one reasoning step per line and ends with a marker ("Answer:" or "\\boxed{") and the
-answer. Steps and answer are located in the token ids of the response itself, because encoding its
-text again may give other tokens. The toy task shows the method's effect in 90 seconds on a laptop.
+answer. Both are located in its own token ids, because encoding its text again may give others.
 
-This file is self-contained; copy it freely. Next to read: model.py.
+This file is self-contained; copy it freely. Read it after hytuning.py, prg.py and `Trainer.step` in
+train.py; model.py is next.
 
 SPDX-License-Identifier: MIT
 """
@@ -37,30 +37,27 @@ class DataError(ValueError):
 def find_answer(text: str, marker: str = MARKER) -> tuple[int, int, int] | None:
     r"""Return (marker start, answer start, answer end) in characters, or None without an answer.
 
-    The answer is the rest of the line after the last marker. The marker is found in upper and lower
-    case, in bold and with a fullwidth colon: "**ANSWER**: 18", "Answer：18". Without a marker, the
-    answer is the content of the last \boxed{...} whose braces are closed, and the marker is
-    "\boxed{"; a marker with nothing behind it on its line goes on to such a box after it. Thoughts,
-    which end with "</think>", are not searched.
+    The answer is the rest of the line after the last marker, which is also found in upper and lower
+    case, in bold and with a fullwidth colon: "**ANSWER**: 18", "Answer：18". If the line is empty,
+    the answer is the content of the last closed \boxed{...} after it. Without a marker, it is that
+    of the last box, and "\boxed{" is the marker. Thoughts, which end with "</think>", do not count.
     """
     start = text.rfind("</think>") + 1
     if "<think>" in text[start:]:
         return None
-    pattern = r"\*{0,3}" + re.escape(marker.strip().rstrip(" :：")) + r"\*{0,3}"
-    if marker.strip().endswith((":", "：")):
-        pattern += r"[^\S\n]*[:：]\*{0,3}"
-    marker_start = None
+    name = re.escape(marker.strip().rstrip(" :："))
+    colon = r"[^\S\n]*[:：]" if marker.strip().endswith((":", "：")) else ""
+    pattern = re.compile(rf"(?i)\*{{0,3}}{name}\*{{0,3}}{colon}\*{{0,3}}")
     answer = ""
-    found = list(re.compile(pattern, re.IGNORECASE).finditer(text, start))
-    if found:
-        marker_start, start = found[-1].span()
-        answer = text[start:].partition("\n")[0].strip()
-    bold = re.fullmatch(r"(?:\*\*)?([^*]*)\*\*", answer)  # "**18**", or as in "**Answer: 18**"
-    if bold:
-        answer = bold[1].strip()
+    markers = list(pattern.finditer(text, start))
+    if markers:
+        marker_start, start = markers[-1].span()
+        line = text[start:].partition("\n")[0].strip()
+        # The answer is in bold, as in "Answer: **18**", or the whole line, as in "**Answer: 18**".
+        answer = re.sub(r"^(?:\*\*)?([^*]*)\*\*$", r"\1", line).strip()
     if not answer:
         box_start, start, answer = find_box(text, start)
-        if marker_start is None:
+        if not markers:
             marker_start = box_start
     if not answer:
         return None
@@ -94,7 +91,7 @@ FORMS = [
     (r"(?<![.\s]) ?[.。]$", ""),  # a final full stop
     (r"""^(["'])((?:(?!\1).)+)\1$""", r"\2"),  # quotes around the whole answer
     (r"(?<![\w*`])(\*\*|`)([^*`]+)\1(?![\w*`])", r"\2"),  # Markdown's **bold** and `code`
-    (r"(?<![\w$\\])(\$\$?)([^$]+)\1(?![\w$])", r"\2"),  # LaTeX: $...$, \(...\), \[...\]
+    (r"(?<![\w$\\])(\$\$?)([^$]+)\1(?![\w$])", r"\2"),  # LaTeX's $...$, \(...\) and \[...\]
     (r"(?<!\\)\\[()\[\]]", ""),
     (r"\\(?:boxed|text|textbf|textit|mathrm)\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
     (r"\\(?:left|right)(?= ?[()\[\]{}|.\\])", ""),
@@ -104,17 +101,25 @@ FORMS = [
     (r"^(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3"),
     (r"(?<=\d) ?%", " percent"),
     # Spaces inside brackets, but not in (1, 234), since (1,234) may be one number.
-    (r"(?<=[(\[{]) | (?=[)\]}])", ""),
-    (r"[(\[{][^()\[\]{}]+[)\]}]", lambda group: re.sub(r", (?!\d{3}(?!\d))", ",", group[0])),
+    (r"(?<=[(\[{]) | (?=[)\]}])|(?<=,) (?!\d{3}(?!\d))(?=[^()\[\]{}]{0,99}[)\]}])", ""),
 ]
 FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 DASHES_AND_QUOTES = str.maketrans("‐‑‒–—―−‘’“”", "-------''\"\"")
-WORD = r"(?<!\\)\b(?!\w*[a-z][A-Z])(?:[^\W\d_]{3,}|No)\b"  # such as Paris and PARIS, but not mRNA
-# A letter; the text behind it begins with a word, and may not deny it or name another letter.
-CHOICE = r"(?:option )?(?:\(?([A-Ja-j])\)(?: ([^\W\d_]{2}.*))?|([A-J]))"
-DENIAL = (r"(?i)\b(?:and|or|nor|not?|never|neither|but|is|isn|are|was|be|it|does|doesn|do|don|can"
-          r"|cannot|too|wrong|false|incorrect|excluded|ruled|eliminated|plus|minus|times)\b"
-          r"|(?<!')\b[b-z]\b|\ba\b(?! \w)|\b\w\)")
+# A word whose case does not count: Paris and PARIS, but not mRNA, \Delta or the unit in "5 Cal".
+PLAIN_WORD = r"(?<!\\)(?<!\d )\b(?!\w*[a-z][A-Z])(?:[^\W\d_]{3,}|No)\b"
+
+# Words behind a number or a choice that make another answer of it (or begin with these letters).
+CHANGING = (
+    r"(?:and|but|cannot|gross|mille?|mod|neither|never|nor|not|point|root|tens?|times|too|was)\b"
+    r"|wrong|false|incorrect|excluded|ruled|eliminated|plus|minus|below|squared|cubed|factorial"
+    r"|half|halv|third|quarter|pair|couple|score|dozen|hundred|thousand|lakh|crore|[a-z]*illi(?:on"
+    r"|ard)|zero|one|two|three|thirt|four|fort[iy]|fi[fv]|six|seven|eigh|nin[et]|tenth|elev|twel"
+    r"|twen")
+WORD = (rf"(?!(?i:{CHANGING}))(?:[A-Za-zà-ÿ][a-zà-ÿ]{{2,}}(?:'s)?|of|in|[cmk][gm]|km/h"
+        "|[€£¥₹°])(?![^ ,)])")
+WORDS = rf"{WORD}(?:,? {WORD})*"
+CHOICE = rf"(?:option )?(?:\(?([A-Ja-j])\)(?: {WORDS})?|([A-J]))"  # a vote for a letter
+OPTION = rf"\(?([A-J])(?:[.:)] | \()(?:-?\$?[\d.,/]+|{WORDS})\)?"  # such as "B. 18"
 # Sign, currency sign, number without leading zeros, and unit or other words.
 FRACTION = r"[1-9]\d* ?/ ?[1-9]\d*$"
 DECIMAL = r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d*|0|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
@@ -126,10 +131,10 @@ def canonical(answer: str) -> str:
 
     1. Case, width, spaces, invisible characters, kinds of dashes and quotes, a final full stop,
        quotes around the answer, Markdown's bold and code, and LaTeX that only formats do not count.
-    2. Case counts after a digit, in words of one or two letters and in mixed ones: "5 Mg", x, CO,
-       mRNA.
-    3. A choice from A to J is its letter: "(b)", "B.", "Option B" and "B) Paris" are B, unless the
-       text denies the choice or names another one.
+    2. Case counts in words of one or two letters, in mixed ones and after a number: x, CO, mRNA,
+       "5 Cal".
+    3. A choice from A to J is its letter: "(b)", "B.", "Option B" and "B) Paris" are B, but not
+       "(B) and (C)" or "(B) is wrong".
     4. A number is its value: "$1,000.00" is 1e3; "3/4" and \frac{3}{4} are 0.75.
     5. All other text is a part of the answer, also a unit: "5 cm" is neither 5 nor "5 m".
 
@@ -139,47 +144,34 @@ def canonical(answer: str) -> str:
     for _ in range(3):  # Forms may be nested, as in $\boxed{\text{B}}$.
         for pattern, replacement in FORMS:
             text = " ".join(re.sub(pattern, replacement, text).split())
-    words, rest = re.fullmatch(r"(\D*)(.*)", text).groups()
-    text = re.sub(WORD, lambda word: word[0].lower(), words) + rest
-
+    text = re.sub(PLAIN_WORD, lambda word: word[0].lower(), text)
     choice = re.fullmatch(CHOICE, text)
-    if choice and not re.search(DENIAL, choice[2] or ""):
-        return (choice[1] or choice[3]).upper()
+    if choice:
+        return (choice[1] or choice[2]).upper()
     number = re.fullmatch(NUMBER, text)
     if number and len(text) < 200:
-        sign, currency, value, unit = number.groups()
-        value = Fraction(re.sub("[, ]", "", value))
-        if sign == "-":
-            value = -value
+        sign, currency, digits, unit = number.groups()
+        value = Fraction(re.sub("[, ]", "", sign + digits))
         words = [word for word in f"{currency} {unit}".split() if word != "$"]
         # 3/2 is written as 3÷2, because it may be no number in the text "3/2 mmHg".
         return " ".join([str(value).replace("/", "÷"), *words])
     return text
 
 
-# A common unit, or a plural that does not multiply the number, and what may follow it.
-UNIT = (r" (?:[€£¥₹°]|[cmk]m|[mk]g|ml|km/h|mph|people|feet|hour|minute|day|week|year|(?!times|pairs"
-        r"|couples|halves|quarters|logs|scores|percents|twos|threes|fours|fives|sixes|sevens|eights"
-        r"|nines|tens|(?!months)[a-z]*(?:ths|thirds|hundreds|thousands|illions|illiards|zeroe?s"
-        r"|dozens|crores|lakhs))[a-z]{2,}[a-rtv-z]s)"
-        r"(?: (?:old|long|tall|left|in total|altogether|per [a-z]{3,}))?")
-
-
 def answers_match(answer: str, gold: str) -> bool:
     """Return whether an answer has the same canonical form as the gold answer.
 
-    If the gold answer is a bare number or letter, a unit or the text of an option may stand behind
-    it: "72 clips" and "8 years old" match 72 and 8, and "B. Paris" matches B. But a word that makes
-    another number is no unit: "5 hundred" and "5 percent" do not match 5.
+    Words may stand behind a bare number or letter that is the gold answer: "72 clips", "25%" and
+    "B. Paris" match 72, 25 and B, unless they change its meaning, as in "5 hundred".
     """
     form = canonical(answer)
     expected = canonical(gold)
     if form == expected:
         return form != ""
     if re.fullmatch(r"[-+]?[\d.,/]+", gold.strip()):
-        return bool(re.fullmatch(re.escape(expected) + UNIT, form))
-    option = re.fullmatch(r"(?:option )?\(?([A-J])(?:[.:)] | \()(-?[$€£¥₹]?\d.*|\w\w.*|a .*)", form)
-    return bool(option) and option[1] == gold.strip() and not re.search(DENIAL, option[2])
+        return bool(re.fullmatch(rf"{re.escape(expected)} {WORDS}", form))
+    option = re.fullmatch(OPTION, form)
+    return bool(option) and option[1] == gold.strip()
 
 
 def number_answers(answers: list[str | None], group_size: int) -> list[int]:
@@ -213,29 +205,24 @@ def majority(answers: list[str | None]) -> tuple[str | None, float]:
 START, QUESTION, ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"
 
 
-def load_tokenizer(path: Path) -> tuple[Tokenizer, list[int]]:
-    """Return the tokenizer, and the ids that it adds before a text: none, or that of BOS."""
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        tokenizer.encode_special_tokens = True
-        tokenizer.add_tokens([AddedToken(START, normalized=False)])
-        ids = tokenizer.encode(START + INSTRUCTION).ids
-        bos = ids[:ids.index(tokenizer.token_to_id(START))]
-    except Exception as error:  # The library raises plain Exceptions.
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} cannot be used ({reason}): use the model's own file") from None
-    return tokenizer, bos
-
-
 def render_chat(folder: Path, date: datetime) -> tuple[str, str] | None:
     """Render the folder's chat template with QUESTION and ANSWER: (prompt, conversation).
 
-    The prompt ends where the assistant's turn begins. Templates get the settings and variables that
-    `transformers` gives them. Returns None if the folder has no template. Raises DataError if the
-    template cannot be rendered.
+    The prompt ends where the assistant's turn begins. Templates get the settings, functions and
+    variables that `transformers` gives them. Returns None if the folder has no template. Raises
+    DataError if the template cannot be rendered.
     """
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    variables = {"tools": None, "documents": None, "strftime_now": date.strftime,
+                 "raise_exception": raise_exception}
     texts = []
     try:
         for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
@@ -249,17 +236,15 @@ def render_chat(folder: Path, date: datetime) -> tuple[str, str] | None:
             source = {named["name"]: named["template"] for named in source}["default"]
         if not source:
             return None
-        # {% generation %} marks the assistant's text and prints nothing.
-        source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
-        source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
-        variables = {"tools": None, "documents": None}
         for name, token in config.items():
-            # A special token is a string, or an object that holds it as "content".
-            if isinstance(token, dict):
+            if isinstance(token, dict):  # A special token is a string, or has it as "content".
                 token = token.get("content")
             if name.endswith("_token") and isinstance(token, str):
                 variables[name] = token
-        template = make_environment(date).from_string(source)
+        # {% generation %} marks the assistant's text and prints nothing.
+        source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+        source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
+        template = environment.from_string(source)
         messages = [{"role": "user", "content": QUESTION}]
         prompt = template.render(messages=messages, add_generation_prompt=True, **variables)
         messages.append({"role": "assistant", "content": ANSWER})
@@ -271,21 +256,6 @@ def render_chat(folder: Path, date: datetime) -> tuple[str, str] | None:
         raise DataError(f"the chat template in {folder} cannot be used ({reason}): correct it in "
                         "chat_template.jinja or tokenizer_config.json") from None
     return prompt, conversation
-
-
-def make_environment(date: datetime):
-    """Return a jinja2 sandbox with the functions that `transformers` gives to templates."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    environment.globals.update(raise_exception=raise_exception, strftime_now=date.strftime)
-    return environment
 
 
 class Text:
@@ -300,10 +270,19 @@ class Text:
 
     def __init__(self, folder, eos_ids=(), marker: str = MARKER, date: datetime | None = None):
         self.marker = marker
-        self.tokenizer, self.bos = load_tokenizer(Path(folder) / "tokenizer.json")
-        vocab = self.tokenizer.get_vocab()
-        del vocab[START]
-        self.vocab_size = max(vocab.values()) + 1
+        path = Path(folder) / "tokenizer.json"
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+            self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
+            self.tokenizer.no_padding()
+            self.tokenizer.no_truncation()
+            self.tokenizer.encode_special_tokens = True
+            self.tokenizer.add_tokens([AddedToken(START, normalized=False)])
+            ids = self.tokenizer.encode(START).ids
+            self.bos = ids[:ids.index(self.tokenizer.token_to_id(START))]
+        except Exception as error:  # The library raises plain Exceptions.
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{path} cannot be used ({reason}): use the model's own file") from None
         added = self.tokenizer.get_added_tokens_decoder()
         self.special = {i for i, token in added.items() if token.special}
 
@@ -368,11 +347,9 @@ class Text:
 
         If the chat template has a block of thoughts, the reasoning is in it.
         """
-        text = self.before_reasoning
-        for line in reasoning.splitlines():
-            if line.strip():
-                text += line.rstrip() + "\n"
-        text += f"{self.before_answer}{self.marker} {answer}"
+        lines = [line.rstrip() + "\n" for line in reasoning.splitlines() if line.strip()]
+        lines = [self.before_reasoning, *lines, self.before_answer]
+        text = "".join(lines) + f"{self.marker} {answer}"
         return self.encode(text, after=self.before_response) + [self.end]
 
     def decode(self, ids: list[int]) -> str:
@@ -519,9 +496,9 @@ def load_unlabeled(path, text: Text, max_prompt: int):
     prompts = {}
     for where, record in read_jsonl(path):
         prompt = text.encode_prompt(text_field(record, "prompt", where))
-        prompts[tuple(prompt)] = (prompt,)
-    kept, note = keep_short(path, list(prompts.values()), max_prompt)
-    return [prompt for prompt, in kept], note
+        prompts[tuple(prompt)] = [prompt]
+    kept, note = keep_short(path, prompts.values(), max_prompt)
+    return [record[0] for record in kept], note
 
 
 def load_eval(path, text: Text, max_prompt: int, limit: int = 0):
@@ -532,18 +509,15 @@ def load_eval(path, text: Text, max_prompt: int, limit: int = 0):
         _, gold = solution_of(record, where)
         prompt = text.encode_prompt(question)
         queries.setdefault(tuple(prompt), (prompt, question, gold))
-    return keep_short(path, list(queries.values()), max_prompt)
+    return keep_short(path, queries.values(), max_prompt)
 
 
-def keep_short(path, records: list[tuple], *limits: int) -> tuple[list[tuple], str]:
+def keep_short(path, records, *limits: int) -> tuple[list, str]:
     """Return the records whose prompts (and responses) are within the limits, and a note about the
     others. Raises DataError if none is left."""
     if not records:
         raise DataError(f"{path} is empty: write one JSON object on each line")
-    kept = []
-    for record in records:
-        if all(len(ids) <= limit for ids, limit in zip(record, limits)):
-            kept.append(record)
+    kept = [x for x in records if all(len(ids) <= limit for ids, limit in zip(x, limits))]
     note = f"{len(kept)} of {len(records)} records of {path} are left"
     options = ["--max_prompt_tokens", "--max_new_tokens"]
     for option, limit, column in zip(options, limits, zip(*records)):
