@@ -11,7 +11,6 @@ SPDX-License-Identifier: MIT
 import json
 import re
 import unicodedata
-from bisect import bisect_left, bisect_right
 from collections import Counter
 from datetime import datetime
 from fractions import Fraction
@@ -87,14 +86,12 @@ def extract_answer(text: str, marker: str = MARKER) -> str | None:
 
 # (pattern, replacement) pairs that change only the form of an answer.
 FORMS = [
-    ("[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]", ""),  # invisible
     (r"(?<![.\s]) ?[.。]$", ""),  # a final full stop
     (r"""^(["'])((?:(?!\1).)+)\1$""", r"\2"),  # quotes around the whole answer
     (r"(?<![\w*`])(\*\*|`)([^*`]+)\1(?![\w*`])", r"\2"),  # Markdown's **bold** and `code`
     (r"(?<![\w$\\])(\$\$?)([^$]+)\1(?![\w$])", r"\2"),  # LaTeX's $...$, \(...\) and \[...\]
-    (r"(?<!\\)\\[()\[\]]", ""),
+    (r"(?<!\\)\\[()\[\]]|\\(?:left|right)(?= ?[()\[\]{}|.\\])", ""),
     (r"\\(?:boxed|text|textbf|textit|mathrm)\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
-    (r"\\(?:left|right)(?= ?[()\[\]{}|.\\])", ""),
     (r"\{,\}|,\\!", ","),  # thousands
     (r"\\[,;:]", " "),  # spaces
     (r"\\([$%])", r"\1"),
@@ -108,31 +105,29 @@ DASHES_AND_QUOTES = str.maketrans("‐‑‒–—―−‘’“”", "-------'
 # A word whose case does not count: Paris and PARIS, but not mRNA, \Delta or the unit in "5 Cal".
 PLAIN_WORD = r"(?<!\\)(?<!\d )\b(?!\w*[a-z][A-Z])(?:[^\W\d_]{3,}|No)\b"
 
-# Words behind a number or a choice that make another answer of it (or begin with these letters).
+# Words that change the number or the choice before them, in whole or by their first letters.
 CHANGING = (
-    r"(?:and|but|cannot|gross|mille?|mod|neither|never|nor|not|point|root|tens?|times|too|was)\b"
-    r"|wrong|false|incorrect|excluded|ruled|eliminated|plus|minus|below|squared|cubed|factorial"
-    r"|half|halv|third|quarter|pair|couple|score|dozen|hundred|thousand|lakh|crore|[a-z]*illi(?:on"
-    r"|ard)|zero|one|two|three|thirt|four|fort[iy]|fi[fv]|six|seven|eigh|nin[et]|tenth|elev|twel"
-    r"|twen")
-WORD = (rf"(?!(?i:{CHANGING}))(?:[A-Za-zà-ÿ][a-zà-ÿ]{{2,}}(?:'s)?|of|in|[cmk][gm]|km/h"
-        "|[€£¥₹°])(?![^ ,)])")
+    r"(?:and|but|cannot|mod|neither|never|nor|not|point|root|tens?|times|too|was)\b|wrong|false"
+    r"|incorrect|excluded|ruled|eliminated|plus|minus|below|squared|cubed|factorial|half|halv|third"
+    r"|quarter|pair|couple|score|dozen|hundred|thousand|lakh|crore|[a-z]*illi(?:on|ard)|zero|one"
+    r"|two|three|thirt|four|fort[iy]|fi[fv]|six|seven|eigh|nin[et]|tenth|elev|twel|twen")
+WORD = (rf"(?!(?i:{CHANGING}))(?:[A-Za-zà-ÿ][a-zà-ÿ]{{2,}}(?:'s)?|of|in|[cmk][gm]|km/h|[€£¥₹°])"
+        "(?![^ ,)])")
 WORDS = rf"{WORD}(?:,? {WORD})*"
-CHOICE = rf"(?:option )?(?:\(?([A-Ja-j])\)(?: {WORDS})?|([A-J]))"  # a vote for a letter
+CHOICE = rf"(?:option )?(?:\(?([A-Ja-j])\)(?: {WORDS})?|([A-J]))"  # such as "B) Paris"
 OPTION = rf"\(?([A-J])(?:[.:)] | \()(?:-?\$?[\d.,/]+|{WORDS})\)?"  # such as "B. 18"
 # Sign, currency sign, number without leading zeros, and unit or other words.
 FRACTION = r"[1-9]\d* ?/ ?[1-9]\d*$"
 DECIMAL = r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d*|0|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
-NUMBER = rf"([-+]?) ?([$€£¥₹]?) ?({FRACTION}|{DECIMAL})( ?[$€£¥₹°]| .*|)"
+NUMBER = rf"([-+]?) ?([$€£¥₹]?) ?({FRACTION}|{DECIMAL})( ?[€£¥₹°]| .*|)"
 
 
 def canonical(answer: str) -> str:
     r"""Return the form in which answers are compared: equal forms are the same answer.
 
-    1. Case, width, spaces, invisible characters, kinds of dashes and quotes, a final full stop,
-       quotes around the answer, Markdown's bold and code, and LaTeX that only formats do not count.
-    2. Case counts in words of one or two letters, in mixed ones and after a number: x, CO, mRNA,
-       "5 Cal".
+    1. Width, spaces, kinds of dashes and quotes, a final full stop, quotes around the answer,
+       Markdown's bold and code, and LaTeX that only formats do not count.
+    2. Nor does case, but for words of one or two letters, mixed ones and the word after a number.
     3. A choice from A to J is its letter: "(b)", "B.", "Option B" and "B) Paris" are B, but not
        "(B) and (C)" or "(B) is wrong".
     4. A number is its value: "$1,000.00" is 1e3; "3/4" and \frac{3}{4} are 0.75.
@@ -152,9 +147,7 @@ def canonical(answer: str) -> str:
     if number and len(text) < 200:
         sign, currency, digits, unit = number.groups()
         value = Fraction(re.sub("[, ]", "", sign + digits))
-        words = [word for word in f"{currency} {unit}".split() if word != "$"]
-        # 3/2 is written as 3÷2, because it may be no number in the text "3/2 mmHg".
-        return " ".join([str(value).replace("/", "÷"), *words])
+        text = " ".join(f"{value} {currency.replace('$', '')} {unit}".split())
     return text
 
 
@@ -241,9 +234,8 @@ def render_chat(folder: Path, date: datetime) -> tuple[str, str] | None:
                 token = token.get("content")
             if name.endswith("_token") and isinstance(token, str):
                 variables[name] = token
-        # {% generation %} marks the assistant's text and prints nothing.
-        source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
-        source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
+        # {% generation %} and {% endgeneration %} mark the assistant's text and print nothing.
+        source = re.sub(r"(\{%[-+]?\s*)(end)?generation\b", r"\1set _ = 0", source)
         template = environment.from_string(source)
         messages = [{"role": "user", "content": QUESTION}]
         prompt = template.render(messages=messages, add_generation_prompt=True, **variables)
@@ -278,8 +270,9 @@ class Text:
             self.tokenizer.no_truncation()
             self.tokenizer.encode_special_tokens = True
             self.tokenizer.add_tokens([AddedToken(START, normalized=False)])
+            self.start = self.tokenizer.token_to_id(START)
             ids = self.tokenizer.encode(START).ids
-            self.bos = ids[:ids.index(self.tokenizer.token_to_id(START))]
+            self.bos = ids[:ids.index(self.start)]
         except Exception as error:  # The library raises plain Exceptions.
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{path} cannot be used ({reason}): use the model's own file") from None
@@ -327,20 +320,15 @@ class Text:
         asked = f"{question.strip()}\n{INSTRUCTION.format(marker=self.marker)}"
         if self.chat is None:
             return self.bos + self.tokenizer.encode(asked + "\n", add_special_tokens=False).ids
-        pieces = self.chat.split(QUESTION)
-        text = asked.join(pieces)
-        # This has "1" for each character of the text that the user has written.
-        user = ("1" * len(asked)).join("0" * len(piece) for piece in pieces)
+        for i in self.special:
+            # START breaks up a special token that is spelled out in the question.
+            token = self.tokenizer.id_to_token(i)
+            asked = asked.replace(token, token[0] + START + token[1:])
+        text = self.chat.replace(QUESTION, asked)
         self.tokenizer.encode_special_tokens = False
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         self.tokenizer.encode_special_tokens = True
-        ids = []
-        for i, (start, end) in zip(encoding.ids, encoding.offsets):
-            if i in self.special and "1" in user[start:end]:
-                ids += self.encode(text[start:end], after="")
-            else:
-                ids.append(i)
-        return ids
+        return [i for i in ids if i != self.start]
 
     def encode_response(self, reasoning: str, answer: str) -> list[int]:
         """Return the ids of a supervised response with its end token, but without blank lines.
@@ -356,22 +344,25 @@ class Text:
         """Return the text of ids without the end tokens, which some tokenizers would show."""
         return self.tokenizer.decode([i for i in ids if i not in self.end_ids])
 
-    def read(self, response: list[int]) -> tuple[str, list[int]]:
-        """Return the text of a response without its end token, and where each token starts in it.
+    def read(self, response: list[int]) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of a response without its end token, and (first, end) of each character,
+        which comes from response[first:end].
 
-        Tokens that share a multi-byte character all start where the character starts. The text is
-        "" if the response was cut off or contains invalid UTF-8.
+        The text is "" if the response was cut off or contains invalid UTF-8.
         """
         text = ""
-        starts = []
-        cut_off = not response or response[-1] not in self.end_ids
-        if cut_off or "\ufffd" in self.decode(response):
-            return text, starts
-        stream = decoders.DecodeStream(skip_special_tokens=True)
-        for i in response[:-1]:
-            starts.append(len(text))
-            text += stream.step(self.tokenizer, i) or ""
-        return text, starts
+        places = []
+        ended = bool(response) and response[-1] in self.end_ids
+        if ended and "\ufffd" not in self.decode(response):
+            stream = decoders.DecodeStream(skip_special_tokens=True)
+            first = 0
+            for end, i in enumerate(response[:-1], 1):
+                piece = stream.step(self.tokenizer, i)
+                if piece:
+                    text += piece
+                    places += [(first, end)] * len(piece)
+                    first = end
+        return text, places
 
     def parse(self, prompt: list[int], response: list[int]) -> tuple[tuple, str | None]:
         """Return ((tokens, cuts, answer_start, answer_end), answer): a `prg.Trace` and its answer.
@@ -383,7 +374,7 @@ class Text:
         no steps, answer_start = answer_end = len(tokens), and the answer None.
         """
         tokens = prompt + response
-        text, starts = self.read(response)
+        text, places = self.read(response)
         found = find_answer(text, self.marker)
         if found is None or (self.before_answer and "</think>" not in text):
             return (tokens, [len(prompt)], len(tokens), len(tokens)), None
@@ -396,16 +387,11 @@ class Text:
         if steps:
             marker = re.compile(r"\S").search(text, steps[-1].end())
             for following in (*steps[1:], marker):
-                cuts.add(token_at(starts, following.start()))
+                cuts.add(places[following.start()][0])
         cuts = [len(prompt) + cut for cut in sorted(cuts)]
-        first = len(prompt) + token_at(starts, answer_start)
-        end = len(prompt) + bisect_left(starts, answer_end)
+        first = len(prompt) + places[answer_start][0]
+        end = len(prompt) + places[answer_end - 1][1]
         return (tokens, cuts, first, end), text[answer_start:answer_end]
-
-
-def token_at(starts: list[int], character: int) -> int:
-    """Return the index of the first token with this character; `starts` are those of the tokens."""
-    return bisect_left(starts, starts[bisect_right(starts, character) - 1])
 
 
 # -----------------------------------------------------------------------------
