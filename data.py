@@ -170,17 +170,15 @@ def answers_match(answer: str, gold: str) -> bool:
 def number_answers(answers: list[str | None], group_size: int) -> list[int]:
     """Give equal answers within a group of `group_size` the same number, and -1 to no answer."""
     numbers = []
-    for start in range(0, len(answers), group_size):
-        known = {"": -1}
-        for answer in answers[start:start + group_size]:
-            form = canonical(answer or "")
-            numbers.append(known.setdefault(form, len(known) - 1))
+    for i, answer in enumerate(answers):
+        if i % group_size == 0:
+            known = {"": -1}
+        numbers.append(known.setdefault(canonical(answer or ""), len(known) - 1))
     return numbers
 
 
 def majority(answers: list[str | None]) -> tuple[str | None, float]:
-    """Return the most common answer (the first of several) and its share of all answers, or
-    (None, 0.0) without an answer."""
+    """Return the most common answer (the first of several) and its share of all, or (None, 0.0)."""
     forms = [canonical(answer or "") for answer in answers]
     votes = Counter(form for form in forms if form)
     if not votes:
@@ -201,9 +199,8 @@ START, QUESTION, ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"
 def render_chat(folder: Path, date: datetime) -> tuple[str, str] | None:
     """Render the folder's chat template with QUESTION and ANSWER: (prompt, conversation).
 
-    The prompt ends where the assistant's turn begins. Templates get the settings, functions and
-    variables that `transformers` gives them. Returns None if the folder has no template. Raises
-    DataError if the template cannot be rendered.
+    The prompt ends where the assistant's turn begins. The template gets what `transformers` gives
+    it. Returns None if the folder has no template. Raises DataError if it cannot be rendered.
     """
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -235,7 +232,7 @@ def render_chat(folder: Path, date: datetime) -> tuple[str, str] | None:
             if name.endswith("_token") and isinstance(token, str):
                 variables[name] = token
         # {% generation %} and {% endgeneration %} mark the assistant's text and print nothing.
-        source = re.sub(r"(\{%[-+]?\s*)(end)?generation\b", r"\1set _ = 0", source)
+        source = re.sub(r"(\{%[-+]?\s*)(?:end)?generation\b", r"\1set _ = 0", source)
         template = environment.from_string(source)
         messages = [{"role": "user", "content": QUESTION}]
         prompt = template.render(messages=messages, add_generation_prompt=True, **variables)
@@ -253,11 +250,10 @@ def render_chat(folder: Path, date: datetime) -> tuple[str, str] | None:
 class Text:
     """Converts between text and token ids with a checkpoint's tokenizer and chat template.
 
-    Without a chat template, `chat` is None and a prompt is plain text. `end` is the id that ends a
-    response in training: the special token that the template puts after an answer, or otherwise the
-    first of `eos_ids`, the model's own end tokens. `end_ids` has all ids that end a response. The
-    template prints `date`, by default the present. Raises DataError if tokenizer.json or the
-    template cannot be used, or if there is no end token.
+    Without a chat template, `chat` is None and a prompt is plain text. A template prints `date`, by
+    default the present. `end` is the id that ends a supervised response: the special token that the
+    template puts after an answer, or else the first of `eos_ids`, the model's own end tokens. Any
+    of `end_ids` ends a response. Raises DataError if a file cannot be used or has no end token.
     """
 
     def __init__(self, folder, eos_ids=(), marker: str = MARKER, date: datetime | None = None):
@@ -398,14 +394,12 @@ class Text:
 # JSONL records
 
 def read_jsonl(path):
-    """Yield ("PATH line NUMBER", record) of each line that is not blank.
+    """Yield ("PATH line NUMBER", record) of each line that is not blank, with numbers as strings.
 
-    Numbers are strings, exactly as they are written. Raises DataError if the file cannot be read,
-    or if a line is not a JSON object.
+    Raises DataError if the file cannot be read, or if a line is not a JSON object.
     """
     try:
-        # Bytes that are not UTF-8 become surrogates, which `text_field` refuses.
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -418,7 +412,7 @@ def read_jsonl(path):
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", error)  # without JSONDecodeError's own line number
         raise DataError(f"{path} line {number} is not a JSON object ({reason}): write one object "
-                        "on each line") from None
+                        "on each line, in UTF-8") from None
 
 
 def text_field(record: dict, name: str, where: str) -> str:
@@ -432,18 +426,15 @@ def text_field(record: dict, name: str, where: str) -> str:
         problem = f"is a {type(text).__name__}: give one string"
     elif not text.strip():
         problem = "is blank: fill it in"
-    elif re.search("[\ud800-\udfff]", text):
-        problem = "has bytes that are not UTF-8: save the file as UTF-8"
     else:
-        return text.replace(START, "")
+        # "?" replaces half of a surrogate pair, which cannot be encoded.
+        return text.replace(START, "").encode(errors="replace").decode()
     raise DataError(f"{where}: {name!r} {problem}")
 
 
 def solution_of(record: dict, where: str) -> tuple[str, str]:
-    """Return (reasoning, answer) of a record, with "" if it has no reasoning.
-
-    GSM8K has both in one field: reasoning with <<calculator annotations>>, "####", the answer.
-    """
+    """Return (reasoning or "", answer). In GSM8K, "answer" has both: reasoning with <<calculator
+    annotations>>, "####", the answer."""
     reasoning = ""
     answer = text_field(record, "answer", where)
     if record.get("reasoning"):
@@ -459,7 +450,7 @@ def solution_of(record: dict, where: str) -> tuple[str, str]:
 def load_labeled(path, text: Text, max_prompt: int, max_response: int, limit: int = 0):
     """Return ([(prompt ids, response ids)], note) from a file of supervised traces.
 
-    The note of this and the next functions is "", or says which records were skipped as too long.
+    This note and those below are "", or say which records were skipped as too long.
     """
     pairs = []
     for where, record in islice(read_jsonl(path), limit or None):
