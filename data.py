@@ -127,9 +127,8 @@ def canonical(answer: str) -> str:
 
     1. Width, spaces, kinds of dashes and quotes, a final full stop, quotes around the answer,
        Markdown's bold and code, and LaTeX that only formats do not count.
-    2. Nor does case, but for words of one or two letters, mixed ones and the word after a number.
-    3. A choice from A to J is its letter: "(b)", "B.", "Option B" and "B) Paris" are B, but not
-       "(B) and (C)" or "(B) is wrong".
+    2. Case counts only in words of one or two letters, mixed ones and the word after a number.
+    3. A choice from A to J is its letter: "(b)", "B." and "B) Paris" are B; "(B) is wrong" is not.
     4. A number is its value: "$1,000.00" is 1e3; "3/4" and \frac{3}{4} are 0.75.
     5. All other text is a part of the answer, also a unit: "5 cm" is neither 5 nor "5 m".
 
@@ -341,11 +340,8 @@ class Text:
         return self.tokenizer.decode([i for i in ids if i not in self.end_ids])
 
     def read(self, response: list[int]) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text of a response without its end token, and (first, end) of each character,
-        which comes from response[first:end].
-
-        The text is "" if the response was cut off or contains invalid UTF-8.
-        """
+        """Return the text of a response ("" if it was cut off or has invalid UTF-8), and (first,
+        end) of each character, which comes from response[first:end]."""
         text = ""
         places = []
         ended = bool(response) and response[-1] in self.end_ids
@@ -365,9 +361,9 @@ class Text:
 
         tokens is prompt + response. Step k is tokens[cuts[k - 1]:cuts[k]], the marker is
         tokens[cuts[-1]:answer_start] and the answer is tokens[answer_start:answer_end]. Steps are
-        the lines before the marker with a letter or a digit. What else stands before the marker,
-        such as "</think>" or "$", belongs to it. A response that was cut off or has no answer has
-        no steps, answer_start = answer_end = len(tokens), and the answer None.
+        the lines before the marker with a letter or a digit; what stands between them and it, such
+        as "</think>" or "$", belongs to it. Without an answer, or if the response was cut off,
+        there are no steps, answer_start = answer_end = len(tokens), and the answer is None.
         """
         tokens = prompt + response
         text, places = self.read(response)

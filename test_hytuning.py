@@ -646,49 +646,46 @@ def test_a_decode_step_reads_no_value_from_the_device():
 # -----------------------------------------------------------------------------
 # data
 
-# Pairs with one canonical form, answers that match a gold answer but are other votes, and pairs that
-# never match.
+# Pairs with one canonical form, answers that match a gold answer but are other votes, and pairs
+# that never match.
 SAME = r"""
 Yes. ≡ yes   \text{blue} ≡ blue   (0, 1) ≡ ( 0,1 )   café ≡ café   巴黎。 ≡ 巴黎   ５ ≡ 5   PARIS ≡ paris
 $\textbf{Paris}$ ≡ Paris   \left( 3, 4 \right) ≡ (3, 4)   “Paris” ≡ Paris   No ≡ no   \(x\) ≡ x
-`x` ≡ x   don’t ≡ don't   5\text{ cm} ≡ 5 cm   **18** ≡ 18   $\boxed{\text{**B.**}}$. ≡ B
-\[ \boxed{18} \] ≡ 18   $B$ ≡ B   \boxed{B} ≡ B   **B** ≡ B   (B) ≡ B   B. ≡ B   B) ≡ B   (b) ≡ B
-Option B ≡ B   B) Paris ≡ B   (B) Meningitis ≡ B   (B) Crohn's disease ≡ B   \text{(B)} Rome ≡ B
-Option (B) Paris, France ≡ B   $18 ≡ 18   $18$ ≡ 18   \$18.00 ≡ 18   - $5 ≡ -5   € 5 ≡ 5€
--¥5 ≡ -5 ¥   $29.00. ≡ 29   1,000 ≡ 1000.0   $1,000 ≡ 1000.00   1{,}000 ≡ 1000   1,\!000 ≡ 1000
-1e5 ≡ 100,000   0 ≡ -0   1e-05 ≡ 0.00001   2.5E-3 ≡ 0.0025   -5 ≡ −5   - 5 ≡ -5   +5 ≡ 5   .5 ≡ 0.50
-3/4 ≡ 0.75   \frac{3}{4} ≡ 0.75   6/8 ≡ 3/4   -\frac{1}{2} ≡ -0.5   \boxed{\frac{1}{2}} ≡ 0.5
--\dfrac{1}{2} ≡ - 1/2   1,000.0 cm ≡ 1000 cm   50\% ≡ 50 percent   50 % ≡ 50.0%
+`x` ≡ x   don’t ≡ don't   5\text{ cm} ≡ 5 cm   $\boxed{\text{**B.**}}$. ≡ B   \[ \boxed{18} \] ≡ 18
+$B$ ≡ B   \boxed{B} ≡ B   **B** ≡ B   (B) ≡ B   B. ≡ B   B) ≡ B   (b) ≡ B   Option B ≡ B
+B) Paris ≡ B   (B) Meningitis ≡ B   (B) Crohn's disease ≡ B   Option (B) Paris, France ≡ B
+$18 ≡ 18   $18$ ≡ 18   \$18.00 ≡ 18   - $5 ≡ -5   -¥5 ≡ -5 ¥   $29.00. ≡ 29   1,000 ≡ 1000.0
+1{,}000 ≡ 1000   1,\!000 ≡ 1000   1e5 ≡ 100,000   0 ≡ -0   1e-05 ≡ 0.00001   -5 ≡ −5   - 5 ≡ -5
++5 ≡ 5   .5 ≡ 0.50   3/4 ≡ 0.75   \frac{3}{4} ≡ 0.75   6/8 ≡ 3/4   -\dfrac{1}{2} ≡ -0.5
+1,000.0 cm ≡ 1000 cm   50\% ≡ 50 percent
 """
 RIGHT = r"""
 72 clips ≡ 72   8 years old ≡ 8   1,000 dollars ≡ 1000   60 km/h ≡ 60   60 miles per hour ≡ 60
 72 Clips in total ≡ 72   3 months ≡ 3   7 notebooks ≡ 7   3/4 cup ≡ 3/4   5\text{ cm} ≡ 5   90° ≡ 90
-€5 ≡ 5   25% ≡ 25   25\% ≡ 25   5 percent ≡ 5   B. Paris ≡ B   B. meningitis ≡ B   B: Paris ≡ B
-B (meningitis) ≡ B   **B.** Paris ≡ B   (B) -5 ≡ B   B) 18 ≡ B
+€5 ≡ 5   25\% ≡ 25   B. Paris ≡ B   B. meningitis ≡ B   B (meningitis) ≡ B   **B:** -5 ≡ B
+B) 18 ≡ B
 """
 DIFFERENT = r"""
 $A$ ≡ $B$   A) B) C) D) ≡ A   (A) (B) ≡ A   A or B ≡ A   A ≡ a car   C# ≡ C   O- ≡ O   Cl- ≡ Cl
 0,125 ≡ 125   1,5 ≡ 15   5! ≡ 5   2n ≡ 2   6ab ≡ 6   $5b ≡ 5   5 mW ≡ 5 MW   5 million ≡ 5
 120/80 mmHg ≡ 90/60 mmHg   3 100/200 ≡ 15.5   (100,200) ≡ 100200   12:30 ≡ 12   3 or 4 ≡ 3   >5 ≡ 5
 x = 5 or x = 3 ≡ 3   (0, 1) ≡ [0, 1]   {1, 2} ≡ (1, 2)   x' ≡ x   \frac{1}{2x} ≡ \frac{1}{2}x
-\frac{a}{bc} ≡ \frac{ab}{c}   $\text{Yes}$ ≡ $\text{No}$   1, 234 ≡ 1,234   (1, 234) ≡ (1,234)
-3,5 ≡ 3, 5   {5} ≡ 5   -x ≡ x   x ≡ X   \Delta ≡ \delta   mW ≡ MW   CO ≡ Co   CoS ≡ COS   NO ≡ no
-5 Cal ≡ 5 cal   5 MHz ≡ 5 mHz   2**3 ≡ 23   5² ≡ 52   3½ ≡ 31/2   \mathbb{R} ≡ R   5’ ≡ 5”   $ ≡ !
-Paris ≡ Rome   12 ≡ twelve   H_2 ≡ H2   e.g. ≡ e   2^{x+1} ≡ 2^x+1   \frac{1}{2}\pi ≡ 1/2\pi   b ≡ B
-a) and c) ≡ a   A, B ≡ A   A ≡ (B) A   A) not B ≡ A   (a) - b ≡ a   (B)² ≡ B   {B} ≡ B   (B) A ≡ B
-I ≡ I think so   f (x) ≡ f   f (3) ≡ f   Aa ≡ aa   A* ≡ A   E. coli ≡ E. faecalis   A car ≡ A
-J. Smith ≡ J. Jones   (B) isn't correct ≡ B   (B) cannot be right ≡ B   B: no ≡ B   A. 3; K. 4 ≡ A
-(B) NOT ≡ B   (B) excluded ≡ B   H (hydrogen) ≡ H (henry)   (a) 5 ≡ (a) 6   B is wrong ≡ B
-(A) and (C) ≡ A   B. not sure ≡ B   B. Paris or C. Rome ≡ B   B 12 ≡ B   -5 ≡ 5   12 ≡ 13   .5 ≡ 5
-5+ ≡ 5   ~5 ≡ 5   |5| ≡ 5   (5) ≡ 5   ±2021 ≡ 2021   5 apples ≡ 5 pears   -5 m ≡ 5 m   1,2 ≡ 12
-1,0000 ≡ 10000   007 ≡ 7   1/0 ≡ 1   1e999999999 ≡ 1   0.3... ≡ 0.3   2/3 ≡ 2   2 2/3 ≡ 2   3:4 ≡ 3
-2021-05-03 ≡ 2021   5-10 ≡ 5   3 of 4 ≡ 3   3 of four ≡ 3   5 or more ≡ 5   5 and a half ≡ 5   2 n ≡ 2
-2x ≡ 2   2 xy ≡ 2   2\pi ≡ 2   2π ≡ 2   2 pi ≡ 2   5 - 3 ≡ 5   5 - a ≡ 5   5^2 ≡ 5   \sqrt{2} ≡ 2
-$5 million ≡ 5   5 Million ≡ 5   5K ≡ 5   5万 ≡ 5   5 hundred ≡ 5   5 thousand ≡ 5   2 dozen ≡ 2
-3 tenths ≡ 3   2 thirds ≡ 2   5 tens ≡ 5   5 halves ≡ 5   5 pairs ≡ 5   5 times ≡ 5   5 plus two ≡ 5
-5 squared ≡ 5   5 factorial ≡ 5   $5 ≡ €5   $5 ≡ 5 cents   $5 ≡ 5 euros   6/4 m ≡ 3/2 m
-5 feet ten ≡ 5   5 hours, thirty minutes ≡ 5   5 degrees below zero ≡ 5   not 5 ≡ 5   about 5 ≡ 5
-x > 5 ≡ 5   x >= 3 ≡ 3   x != 3 ≡ 3   x = 5 ≡ y = 5   2x = 10 ≡ 10   x = 5, y = 3 ≡ 3   3 = 5 ≡ 5
+\frac{a}{bc} ≡ \frac{ab}{c}   $\text{Yes}$ ≡ $\text{No}$   (1, 234) ≡ (1,234)   3,5 ≡ 3, 5   {5} ≡ 5
+-x ≡ x   x ≡ X   \Delta ≡ \delta   mW ≡ MW   CO ≡ Co   CoS ≡ COS   NO ≡ no   5 Cal ≡ 5 cal
+2**3 ≡ 23   5 MHz ≡ 5 mHz   5² ≡ 52   3½ ≡ 31/2   \mathbb{R} ≡ R   5’ ≡ 5”   $ ≡ !   Paris ≡ Rome
+12 ≡ twelve   H_2 ≡ H2   2^{x+1} ≡ 2^x+1   \frac{1}{2}\pi ≡ 1/2\pi   b ≡ B   a) and c) ≡ a
+A, B ≡ A   (a) - b ≡ a   (B)² ≡ B   {B} ≡ B   (B) A ≡ B   I ≡ I think so   f (x) ≡ f   f (3) ≡ f
+A* ≡ A   A car ≡ A   B 12 ≡ B   E. coli ≡ E. faecalis   (B) isn't correct ≡ B
+(B) cannot be right ≡ B   B: no ≡ B   A. 3; K. 4 ≡ A   (B) NOT ≡ B   H (hydrogen) ≡ H (henry)
+(a) 5 ≡ (a) 6   B is wrong ≡ B   (B) excluded ≡ B   B. not sure ≡ B   B. Paris or C. Rome ≡ B
+.5 ≡ 5   5+ ≡ 5   ~5 ≡ 5   |5| ≡ 5   (5) ≡ 5   ±20 ≡ 20   5 apples ≡ 5 pears   -5 m ≡ 5 m
+1,0000 ≡ 10000   007 ≡ 7   1/0 ≡ 1   1e999999999 ≡ 1   0.3... ≡ 0.3   2 2/3 ≡ 2   3:4 ≡ 3
+2021-05-03 ≡ 2021   3 of 4 ≡ 3   3 of four ≡ 3   5 or more ≡ 5   2 n ≡ 2   2 xy ≡ 2
+5 and a half ≡ 5   2 pi ≡ 2   2π ≡ 2   5 - a ≡ 5   5^2 ≡ 5   \sqrt{2} ≡ 2   $5 million ≡ 5   5K ≡ 5
+5 Million ≡ 5   5万 ≡ 5   5 hundred ≡ 5   5 thousand ≡ 5   2 dozen ≡ 2   3 tenths ≡ 3   2 thirds ≡ 2
+5 tens ≡ 5   5 halves ≡ 5   5 pairs ≡ 5   5 times ≡ 5   5 plus two ≡ 5   5 squared ≡ 5   $5 ≡ €5
+$5 ≡ 5 cents   6/4 m ≡ 3/2 m   5 feet ten ≡ 5   5 hours, thirty minutes ≡ 5   5 below zero ≡ 5
+about 5 ≡ 5   x >= 3 ≡ 3   x = 5 ≡ y = 5   2x = 10 ≡ 10   x = 5, y = 3 ≡ 3   3 = 5 ≡ 5
 """
 
 
@@ -881,7 +878,7 @@ def test_special_tokens_map_is_read_as_transformers_reads_it(config, build):
     (CHATML, QWEN_TEMPLATE, "<think>\none\n two\n</think>\n\nAnswer: 18"),
     (CHATML, THINKING_TEMPLATE, "one\n two\n</think>\n\nAnswer: 18"),
     # Like Qwen3.5, it closes the empty block in the prompt.
-    (CHATML, THINKING_TEMPLATE.replace(r"<think>\n' }}{% endif", r"<think>\n\n</think>\n\n' }}{% endif"),
+    (CHATML, QWEN_TEMPLATE.replace(r"assistant\n'", r"assistant\n<think>\n\n</think>\n\n'"),
      "one\n two\nAnswer: 18")])
 def test_supervised_reasoning_is_in_the_templates_block_of_thoughts(
         special, template, expected, build):
@@ -993,12 +990,11 @@ def test_without_an_answer_there_are_no_steps(before, response, after, build):
     assert text.parse([5, 6], ids) == (([5, 6] + ids, [2], len(ids) + 2, len(ids) + 2), None)
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "{}", "null"])
-def test_an_unusable_tokenizer_is_named(content, tmp_path):
-    if content is not None:
+def test_an_unusable_tokenizer_is_named(tmp_path):
+    for content in ("", "{", "{}", "null"):
+        with pytest.raises(data.DataError, match="tokenizer.json"):
+            data.Text(tmp_path, [0])
         (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(data.DataError, match="tokenizer.json"):
-        data.Text(tmp_path, [0])
 
 
 WHOLE = {"prompt": "p", "reasoning": "r", "answer": "1"}
@@ -1035,23 +1031,23 @@ def test_unlabeled_answers_are_never_read_and_each_prompt_is_kept_once(tmp_path,
 
 def test_a_note_says_which_records_are_too_long(tmp_path, build):
     text = build()
-    sizes = [(1, 1), (900, 1), (800, 800), (1, 700)]
     path = write_lines(tmp_path / "a.jsonl", *(
-        {"prompt": "p" * n, "reasoning": "r" * m, "answer": 1} for n, m in sizes))
-    pairs, note = data.load_labeled(path, text, 500, 600)
-    longest = [len(text.encode_prompt("p" * 900)), len(text.encode_response("r" * 800, "1"))]
-    assert len(pairs) == 1 and f"1 of 4 records of {path} are left" in note
-    assert f"--max_prompt_tokens 500 (the longest has {longest[0]} tokens)" in note
-    assert f"--max_new_tokens 600 (the longest has {longest[1]} tokens)" in note
-    assert "max_new_tokens" not in data.load_eval(path, text, 500)[1]
-    with pytest.raises(data.DataError, match="0 of 3 records .*--max_prompt_tokens 9 .*raise"):
+        {**WHOLE, "prompt": "p" * n, "reasoning": "r" * m} for n, m in [(1, 1), (9, 9), (9, 1)]))
+    prompt, response = text.encode_prompt("p" * 9), text.encode_response("r" * 9, "1")
+    limits = len(prompt) - 1, len(response) - 1
+    pairs, note = data.load_labeled(path, text, *limits)
+    assert len(pairs) == 1 and f"1 of 3 records of {path} are left" in note
+    for option, limit in zip(("max_prompt_tokens", "max_new_tokens"), limits):
+        assert f"--{option} {limit} (the longest has {limit + 1} tokens)" in note
+    assert "max_new_tokens" not in data.load_eval(path, text, limits[0])[1]
+    with pytest.raises(data.DataError, match="0 of 2 records .*--max_prompt_tokens 9 .*raise"):
         data.load_unlabeled(path, text, 9)
 
 
 @pytest.mark.parametrize("line, reason", [
     (b"{", "not a JSON object"), (b"[1]", "named fields"), (b"[" * 9999, "not a JSON object"),
-    (b'{"prompt": "\xff"}', "not a JSON object .*UTF-8"), (b'{"promt": "p"}', "'prompt' is missing"),
-    (b'{"question": ""}', "'question' is blank"),
+    (b'{"prompt": "\xff"}', "not a JSON object .*UTF-8"),
+    (b'{"promt": "p"}', "'prompt' is missing"), (b'{"question": ""}', "'question' is blank"),
     *((json.dumps({**WHOLE, **change}).encode(), reason) for change, reason in [
         (dict(prompt=None), "'prompt' is missing .the fields are prompt, reasoning, answer"),
         (dict(prompt=["p"]), "'prompt' is a list: give one string"),
