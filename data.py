@@ -1,17 +1,16 @@
 """Answers, prompts and responses as text and as token ids, JSONL records, and a toy task.
 
 A response has one reasoning step per line and ends with a marker ("Answer:" or "\\boxed{") and the
-answer. Steps and answer are located in the token ids of the response itself, because encoding its
-text again may give other tokens. The toy task shows the method's effect in 90 seconds on a laptop.
+answer. Both are located in its own token ids, because encoding its text again may give others.
 
-This file is self-contained; copy it freely. Next to read: model.py.
+This file is self-contained; copy it freely. Read it after hytuning.py, prg.py and `Trainer.step` in
+train.py; model.py is next.
 
 SPDX-License-Identifier: MIT
 """
 import json
 import re
 import unicodedata
-from bisect import bisect_left, bisect_right
 from collections import Counter
 from datetime import datetime
 from fractions import Fraction
@@ -37,30 +36,27 @@ class DataError(ValueError):
 def find_answer(text: str, marker: str = MARKER) -> tuple[int, int, int] | None:
     r"""Return (marker start, answer start, answer end) in characters, or None without an answer.
 
-    The answer is the rest of the line after the last marker. The marker is found in upper and lower
-    case, in bold and with a fullwidth colon: "**ANSWER**: 18", "Answer：18". Without a marker, the
-    answer is the content of the last \boxed{...} whose braces are closed, and the marker is
-    "\boxed{"; a marker with nothing behind it on its line goes on to such a box after it. Thoughts,
-    which end with "</think>", are not searched.
+    The answer is the rest of the line after the last marker, which is also found in upper and lower
+    case, in bold and with a fullwidth colon: "**ANSWER**: 18", "Answer：18". If the line is empty,
+    the answer is the content of the last closed \boxed{...} after it. Without a marker, it is that
+    of the last box, and "\boxed{" is the marker. Thoughts, which end with "</think>", do not count.
     """
     start = text.rfind("</think>") + 1
     if "<think>" in text[start:]:
         return None
-    pattern = r"\*{0,3}" + re.escape(marker.strip().rstrip(" :：")) + r"\*{0,3}"
-    if marker.strip().endswith((":", "：")):
-        pattern += r"[^\S\n]*[:：]\*{0,3}"
-    marker_start = None
+    name = re.escape(marker.strip().rstrip(" :："))
+    colon = r"[^\S\n]*[:：]" if marker.strip().endswith((":", "：")) else ""
+    pattern = re.compile(rf"(?i)\*{{0,3}}{name}\*{{0,3}}{colon}\*{{0,3}}")
     answer = ""
-    found = list(re.compile(pattern, re.IGNORECASE).finditer(text, start))
-    if found:
-        marker_start, start = found[-1].span()
-        answer = text[start:].partition("\n")[0].strip()
-    bold = re.fullmatch(r"(?:\*\*)?([^*]*)\*\*", answer)  # "**18**", or as in "**Answer: 18**"
-    if bold:
-        answer = bold[1].strip()
+    markers = list(pattern.finditer(text, start))
+    if markers:
+        marker_start, start = markers[-1].span()
+        line = text[start:].partition("\n")[0].strip()
+        # The answer is in bold, as in "Answer: **18**", or the whole line, as in "**Answer: 18**".
+        answer = re.sub(r"^(?:\*\*)?([^*]*)\*\*$", r"\1", line).strip()
     if not answer:
         box_start, start, answer = find_box(text, start)
-        if marker_start is None:
+        if not markers:
             marker_start = box_start
     if not answer:
         return None
@@ -90,46 +86,49 @@ def extract_answer(text: str, marker: str = MARKER) -> str | None:
 
 # (pattern, replacement) pairs that change only the form of an answer.
 FORMS = [
-    ("[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]", ""),  # invisible
     (r"(?<![.\s]) ?[.。]$", ""),  # a final full stop
     (r"""^(["'])((?:(?!\1).)+)\1$""", r"\2"),  # quotes around the whole answer
     (r"(?<![\w*`])(\*\*|`)([^*`]+)\1(?![\w*`])", r"\2"),  # Markdown's **bold** and `code`
-    (r"(?<![\w$\\])(\$\$?)([^$]+)\1(?![\w$])", r"\2"),  # LaTeX: $...$, \(...\), \[...\]
-    (r"(?<!\\)\\[()\[\]]", ""),
+    (r"(?<![\w$\\])(\$\$?)([^$]+)\1(?![\w$])", r"\2"),  # LaTeX's $...$, \(...\) and \[...\]
+    (r"(?<!\\)\\[()\[\]]|\\(?:left|right)(?= ?[()\[\]{}|.\\])", ""),
     (r"\\(?:boxed|text|textbf|textit|mathrm)\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
-    (r"\\(?:left|right)(?= ?[()\[\]{}|.\\])", ""),
     (r"\{,\}|,\\!", ","),  # thousands
     (r"\\[,;:]", " "),  # spaces
     (r"\\([$%])", r"\1"),
     (r"^(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3"),
     (r"(?<=\d) ?%", " percent"),
     # Spaces inside brackets, but not in (1, 234), since (1,234) may be one number.
-    (r"(?<=[(\[{]) | (?=[)\]}])", ""),
-    (r"[(\[{][^()\[\]{}]+[)\]}]", lambda group: re.sub(r", (?!\d{3}(?!\d))", ",", group[0])),
+    (r"(?<=[(\[{]) | (?=[)\]}])|(?<=,) (?!\d{3}(?!\d))(?=[^()\[\]{}]{0,99}[)\]}])", ""),
 ]
 FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 DASHES_AND_QUOTES = str.maketrans("‐‑‒–—―−‘’“”", "-------''\"\"")
-WORD = r"(?<!\\)\b(?!\w*[a-z][A-Z])(?:[^\W\d_]{3,}|No)\b"  # such as Paris and PARIS, but not mRNA
-# A letter; the text behind it begins with a word, and may not deny it or name another letter.
-CHOICE = r"(?:option )?(?:\(?([A-Ja-j])\)(?: ([^\W\d_]{2}.*))?|([A-J]))"
-DENIAL = (r"(?i)\b(?:and|or|nor|not?|never|neither|but|is|isn|are|was|be|it|does|doesn|do|don|can"
-          r"|cannot|too|wrong|false|incorrect|excluded|ruled|eliminated|plus|minus|times)\b"
-          r"|(?<!')\b[b-z]\b|\ba\b(?! \w)|\b\w\)")
+# A word whose case does not count: Paris and PARIS, but not mRNA, \Delta or the unit in "5 Cal".
+PLAIN_WORD = r"(?<!\\)(?<!\d )\b(?!\w*[a-z][A-Z])(?:[^\W\d_]{3,}|No)\b"
+
+# Words that change the number or the choice before them, in whole or by their first letters.
+CHANGING = (
+    r"(?:and|but|cannot|mod|neither|never|nor|not|point|root|tens?|times|too|was)\b|wrong|false"
+    r"|incorrect|excluded|ruled|eliminated|plus|minus|below|squared|cubed|factorial|half|halv|third"
+    r"|quarter|pair|couple|score|dozen|hundred|thousand|lakh|crore|[a-z]*illi(?:on|ard)|zero|one"
+    r"|two|three|thirt|four|fort[iy]|fi[fv]|six|seven|eigh|nin[et]|tenth|elev|twel|twen")
+WORD = (rf"(?!(?i:{CHANGING}))(?:[A-Za-zà-ÿ][a-zà-ÿ]{{2,}}(?:'s)?|of|in|[cmk][gm]|km/h|[€£¥₹°])"
+        "(?![^ ,)])")
+WORDS = rf"{WORD}(?:,? {WORD})*"
+CHOICE = rf"(?:option )?(?:\(?([A-Ja-j])\)(?: {WORDS})?|([A-J]))"  # such as "B) Paris"
+OPTION = rf"\(?([A-J])(?:[.:)] | \()(?:-?\$?[\d.,/]+|{WORDS})\)?"  # such as "B. 18"
 # Sign, currency sign, number without leading zeros, and unit or other words.
 FRACTION = r"[1-9]\d* ?/ ?[1-9]\d*$"
 DECIMAL = r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d*|0|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
-NUMBER = rf"([-+]?) ?([$€£¥₹]?) ?({FRACTION}|{DECIMAL})( ?[$€£¥₹°]| .*|)"
+NUMBER = rf"([-+]?) ?([$€£¥₹]?) ?({FRACTION}|{DECIMAL})( ?[€£¥₹°]| .*|)"
 
 
 def canonical(answer: str) -> str:
     r"""Return the form in which answers are compared: equal forms are the same answer.
 
-    1. Case, width, spaces, invisible characters, kinds of dashes and quotes, a final full stop,
-       quotes around the answer, Markdown's bold and code, and LaTeX that only formats do not count.
-    2. Case counts after a digit, in words of one or two letters and in mixed ones: "5 Mg", x, CO,
-       mRNA.
-    3. A choice from A to J is its letter: "(b)", "B.", "Option B" and "B) Paris" are B, unless the
-       text denies the choice or names another one.
+    1. Width, spaces, kinds of dashes and quotes, a final full stop, quotes around the answer,
+       Markdown's bold and code, and LaTeX that only formats do not count.
+    2. Case counts only in words of one or two letters, mixed ones and the word after a number.
+    3. A choice from A to J is its letter: "(b)", "B." and "B) Paris" are B; "(B) is wrong" is not.
     4. A number is its value: "$1,000.00" is 1e3; "3/4" and \frac{3}{4} are 0.75.
     5. All other text is a part of the answer, also a unit: "5 cm" is neither 5 nor "5 m".
 
@@ -139,63 +138,46 @@ def canonical(answer: str) -> str:
     for _ in range(3):  # Forms may be nested, as in $\boxed{\text{B}}$.
         for pattern, replacement in FORMS:
             text = " ".join(re.sub(pattern, replacement, text).split())
-    words, rest = re.fullmatch(r"(\D*)(.*)", text).groups()
-    text = re.sub(WORD, lambda word: word[0].lower(), words) + rest
-
+    text = re.sub(PLAIN_WORD, lambda word: word[0].lower(), text)
     choice = re.fullmatch(CHOICE, text)
-    if choice and not re.search(DENIAL, choice[2] or ""):
-        return (choice[1] or choice[3]).upper()
+    if choice:
+        return (choice[1] or choice[2]).upper()
     number = re.fullmatch(NUMBER, text)
     if number and len(text) < 200:
-        sign, currency, value, unit = number.groups()
-        value = Fraction(re.sub("[, ]", "", value))
-        if sign == "-":
-            value = -value
-        words = [word for word in f"{currency} {unit}".split() if word != "$"]
-        # 3/2 is written as 3÷2, because it may be no number in the text "3/2 mmHg".
-        return " ".join([str(value).replace("/", "÷"), *words])
+        sign, currency, digits, unit = number.groups()
+        value = Fraction(re.sub("[, ]", "", sign + digits))
+        text = " ".join(f"{value} {currency.replace('$', '')} {unit}".split())
     return text
-
-
-# A common unit, or a plural that does not multiply the number, and what may follow it.
-UNIT = (r" (?:[€£¥₹°]|[cmk]m|[mk]g|ml|km/h|mph|people|feet|hour|minute|day|week|year|(?!times|pairs"
-        r"|couples|halves|quarters|logs|scores|percents|twos|threes|fours|fives|sixes|sevens|eights"
-        r"|nines|tens|(?!months)[a-z]*(?:ths|thirds|hundreds|thousands|illions|illiards|zeroe?s"
-        r"|dozens|crores|lakhs))[a-z]{2,}[a-rtv-z]s)"
-        r"(?: (?:old|long|tall|left|in total|altogether|per [a-z]{3,}))?")
 
 
 def answers_match(answer: str, gold: str) -> bool:
     """Return whether an answer has the same canonical form as the gold answer.
 
-    If the gold answer is a bare number or letter, a unit or the text of an option may stand behind
-    it: "72 clips" and "8 years old" match 72 and 8, and "B. Paris" matches B. But a word that makes
-    another number is no unit: "5 hundred" and "5 percent" do not match 5.
+    Words may stand behind a bare number or letter that is the gold answer: "72 clips", "25%" and
+    "B. Paris" match 72, 25 and B, unless they change its meaning, as in "5 hundred".
     """
     form = canonical(answer)
     expected = canonical(gold)
     if form == expected:
         return form != ""
     if re.fullmatch(r"[-+]?[\d.,/]+", gold.strip()):
-        return bool(re.fullmatch(re.escape(expected) + UNIT, form))
-    option = re.fullmatch(r"(?:option )?\(?([A-J])(?:[.:)] | \()(-?[$€£¥₹]?\d.*|\w\w.*|a .*)", form)
-    return bool(option) and option[1] == gold.strip() and not re.search(DENIAL, option[2])
+        return bool(re.fullmatch(rf"{re.escape(expected)} {WORDS}", form))
+    option = re.fullmatch(OPTION, form)
+    return bool(option) and option[1] == gold.strip()
 
 
 def number_answers(answers: list[str | None], group_size: int) -> list[int]:
     """Give equal answers within a group of `group_size` the same number, and -1 to no answer."""
     numbers = []
-    for start in range(0, len(answers), group_size):
-        known = {"": -1}
-        for answer in answers[start:start + group_size]:
-            form = canonical(answer or "")
-            numbers.append(known.setdefault(form, len(known) - 1))
+    for i, answer in enumerate(answers):
+        if i % group_size == 0:
+            known = {"": -1}
+        numbers.append(known.setdefault(canonical(answer or ""), len(known) - 1))
     return numbers
 
 
 def majority(answers: list[str | None]) -> tuple[str | None, float]:
-    """Return the most common answer (the first of several) and its share of all answers, or
-    (None, 0.0) without an answer."""
+    """Return the most common answer (the first of several) and its share of all, or (None, 0.0)."""
     forms = [canonical(answer or "") for answer in answers]
     votes = Counter(form for form in forms if form)
     if not votes:
@@ -213,29 +195,23 @@ def majority(answers: list[str | None]) -> tuple[str | None, float]:
 START, QUESTION, ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"
 
 
-def load_tokenizer(path: Path) -> tuple[Tokenizer, list[int]]:
-    """Return the tokenizer, and the ids that it adds before a text: none, or that of BOS."""
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        tokenizer.encode_special_tokens = True
-        tokenizer.add_tokens([AddedToken(START, normalized=False)])
-        ids = tokenizer.encode(START + INSTRUCTION).ids
-        bos = ids[:ids.index(tokenizer.token_to_id(START))]
-    except Exception as error:  # The library raises plain Exceptions.
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} cannot be used ({reason}): use the model's own file") from None
-    return tokenizer, bos
-
-
 def render_chat(folder: Path, date: datetime) -> tuple[str, str] | None:
     """Render the folder's chat template with QUESTION and ANSWER: (prompt, conversation).
 
-    The prompt ends where the assistant's turn begins. Templates get the settings and variables that
-    `transformers` gives them. Returns None if the folder has no template. Raises DataError if the
-    template cannot be rendered.
+    The prompt ends where the assistant's turn begins. The template gets what `transformers` gives
+    it. Returns None if the folder has no template. Raises DataError if it cannot be rendered.
     """
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    variables = {"tools": None, "documents": None, "strftime_now": date.strftime,
+                 "raise_exception": raise_exception}
     texts = []
     try:
         for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
@@ -249,17 +225,14 @@ def render_chat(folder: Path, date: datetime) -> tuple[str, str] | None:
             source = {named["name"]: named["template"] for named in source}["default"]
         if not source:
             return None
-        # {% generation %} marks the assistant's text and prints nothing.
-        source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
-        source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
-        variables = {"tools": None, "documents": None}
         for name, token in config.items():
-            # A special token is a string, or an object that holds it as "content".
-            if isinstance(token, dict):
+            if isinstance(token, dict):  # A special token is a string, or has it as "content".
                 token = token.get("content")
             if name.endswith("_token") and isinstance(token, str):
                 variables[name] = token
-        template = make_environment(date).from_string(source)
+        # {% generation %} and {% endgeneration %} mark the assistant's text and print nothing.
+        source = re.sub(r"(\{%[-+]?\s*)(?:end)?generation\b", r"\1set _ = 0", source)
+        template = environment.from_string(source)
         messages = [{"role": "user", "content": QUESTION}]
         prompt = template.render(messages=messages, add_generation_prompt=True, **variables)
         messages.append({"role": "assistant", "content": ANSWER})
@@ -273,37 +246,31 @@ def render_chat(folder: Path, date: datetime) -> tuple[str, str] | None:
     return prompt, conversation
 
 
-def make_environment(date: datetime):
-    """Return a jinja2 sandbox with the functions that `transformers` gives to templates."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    environment.globals.update(raise_exception=raise_exception, strftime_now=date.strftime)
-    return environment
-
-
 class Text:
     """Converts between text and token ids with a checkpoint's tokenizer and chat template.
 
-    Without a chat template, `chat` is None and a prompt is plain text. `end` is the id that ends a
-    response in training: the special token that the template puts after an answer, or otherwise the
-    first of `eos_ids`, the model's own end tokens. `end_ids` has all ids that end a response. The
-    template prints `date`, by default the present. Raises DataError if tokenizer.json or the
-    template cannot be used, or if there is no end token.
+    Without a chat template, `chat` is None and a prompt is plain text. A template prints `date`, by
+    default the present. `end` is the id that ends a supervised response: the special token that the
+    template puts after an answer, or else the first of `eos_ids`, the model's own end tokens. Any
+    of `end_ids` ends a response. Raises DataError if a file cannot be used or has no end token.
     """
 
     def __init__(self, folder, eos_ids=(), marker: str = MARKER, date: datetime | None = None):
         self.marker = marker
-        self.tokenizer, self.bos = load_tokenizer(Path(folder) / "tokenizer.json")
-        vocab = self.tokenizer.get_vocab()
-        del vocab[START]
-        self.vocab_size = max(vocab.values()) + 1
+        path = Path(folder) / "tokenizer.json"
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+            self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
+            self.tokenizer.no_padding()
+            self.tokenizer.no_truncation()
+            self.tokenizer.encode_special_tokens = True
+            self.tokenizer.add_tokens([AddedToken(START, normalized=False)])
+            self.start = self.tokenizer.token_to_id(START)
+            ids = self.tokenizer.encode(START).ids
+            self.bos = ids[:ids.index(self.start)]
+        except Exception as error:  # The library raises plain Exceptions.
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{path} cannot be used ({reason}): use the model's own file") from None
         added = self.tokenizer.get_added_tokens_decoder()
         self.special = {i for i, token in added.items() if token.special}
 
@@ -348,65 +315,58 @@ class Text:
         asked = f"{question.strip()}\n{INSTRUCTION.format(marker=self.marker)}"
         if self.chat is None:
             return self.bos + self.tokenizer.encode(asked + "\n", add_special_tokens=False).ids
-        pieces = self.chat.split(QUESTION)
-        text = asked.join(pieces)
-        # This has "1" for each character of the text that the user has written.
-        user = ("1" * len(asked)).join("0" * len(piece) for piece in pieces)
+        for i in self.special:
+            # START breaks up a special token that is spelled out in the question.
+            token = self.tokenizer.id_to_token(i)
+            asked = asked.replace(token, token[0] + START + token[1:])
+        text = self.chat.replace(QUESTION, asked)
         self.tokenizer.encode_special_tokens = False
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         self.tokenizer.encode_special_tokens = True
-        ids = []
-        for i, (start, end) in zip(encoding.ids, encoding.offsets):
-            if i in self.special and "1" in user[start:end]:
-                ids += self.encode(text[start:end], after="")
-            else:
-                ids.append(i)
-        return ids
+        return [i for i in ids if i != self.start]
 
     def encode_response(self, reasoning: str, answer: str) -> list[int]:
         """Return the ids of a supervised response with its end token, but without blank lines.
 
         If the chat template has a block of thoughts, the reasoning is in it.
         """
-        text = self.before_reasoning
-        for line in reasoning.splitlines():
-            if line.strip():
-                text += line.rstrip() + "\n"
-        text += f"{self.before_answer}{self.marker} {answer}"
+        lines = [line.rstrip() + "\n" for line in reasoning.splitlines() if line.strip()]
+        lines = [self.before_reasoning, *lines, self.before_answer]
+        text = "".join(lines) + f"{self.marker} {answer}"
         return self.encode(text, after=self.before_response) + [self.end]
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids without the end tokens, which some tokenizers would show."""
         return self.tokenizer.decode([i for i in ids if i not in self.end_ids])
 
-    def read(self, response: list[int]) -> tuple[str, list[int]]:
-        """Return the text of a response without its end token, and where each token starts in it.
-
-        Tokens that share a multi-byte character all start where the character starts. The text is
-        "" if the response was cut off or contains invalid UTF-8.
-        """
+    def read(self, response: list[int]) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of a response ("" if it was cut off or has invalid UTF-8), and (first,
+        end) of each character, which comes from response[first:end]."""
         text = ""
-        starts = []
-        cut_off = not response or response[-1] not in self.end_ids
-        if cut_off or "\ufffd" in self.decode(response):
-            return text, starts
-        stream = decoders.DecodeStream(skip_special_tokens=True)
-        for i in response[:-1]:
-            starts.append(len(text))
-            text += stream.step(self.tokenizer, i) or ""
-        return text, starts
+        places = []
+        ended = bool(response) and response[-1] in self.end_ids
+        if ended and "\ufffd" not in self.decode(response):
+            stream = decoders.DecodeStream(skip_special_tokens=True)
+            first = 0
+            for end, i in enumerate(response[:-1], 1):
+                piece = stream.step(self.tokenizer, i)
+                if piece:
+                    text += piece
+                    places += [(first, end)] * len(piece)
+                    first = end
+        return text, places
 
     def parse(self, prompt: list[int], response: list[int]) -> tuple[tuple, str | None]:
         """Return ((tokens, cuts, answer_start, answer_end), answer): a `prg.Trace` and its answer.
 
         tokens is prompt + response. Step k is tokens[cuts[k - 1]:cuts[k]], the marker is
         tokens[cuts[-1]:answer_start] and the answer is tokens[answer_start:answer_end]. Steps are
-        the lines before the marker with a letter or a digit. What else stands before the marker,
-        such as "</think>" or "$", belongs to it. A response that was cut off or has no answer has
-        no steps, answer_start = answer_end = len(tokens), and the answer None.
+        the lines before the marker with a letter or a digit; what stands between them and it, such
+        as "</think>" or "$", belongs to it. Without an answer, or if the response was cut off,
+        there are no steps, answer_start = answer_end = len(tokens), and the answer is None.
         """
         tokens = prompt + response
-        text, starts = self.read(response)
+        text, places = self.read(response)
         found = find_answer(text, self.marker)
         if found is None or (self.before_answer and "</think>" not in text):
             return (tokens, [len(prompt)], len(tokens), len(tokens)), None
@@ -419,30 +379,23 @@ class Text:
         if steps:
             marker = re.compile(r"\S").search(text, steps[-1].end())
             for following in (*steps[1:], marker):
-                cuts.add(token_at(starts, following.start()))
+                cuts.add(places[following.start()][0])
         cuts = [len(prompt) + cut for cut in sorted(cuts)]
-        first = len(prompt) + token_at(starts, answer_start)
-        end = len(prompt) + bisect_left(starts, answer_end)
+        first = len(prompt) + places[answer_start][0]
+        end = len(prompt) + places[answer_end - 1][1]
         return (tokens, cuts, first, end), text[answer_start:answer_end]
-
-
-def token_at(starts: list[int], character: int) -> int:
-    """Return the index of the first token with this character; `starts` are those of the tokens."""
-    return bisect_left(starts, starts[bisect_right(starts, character) - 1])
 
 
 # -----------------------------------------------------------------------------
 # JSONL records
 
 def read_jsonl(path):
-    """Yield ("PATH line NUMBER", record) of each line that is not blank.
+    """Yield ("PATH line NUMBER", record) of each line that is not blank, with numbers as strings.
 
-    Numbers are strings, exactly as they are written. Raises DataError if the file cannot be read,
-    or if a line is not a JSON object.
+    Raises DataError if the file cannot be read, or if a line is not a JSON object.
     """
     try:
-        # Bytes that are not UTF-8 become surrogates, which `text_field` refuses.
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -455,7 +408,7 @@ def read_jsonl(path):
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", error)  # without JSONDecodeError's own line number
         raise DataError(f"{path} line {number} is not a JSON object ({reason}): write one object "
-                        "on each line") from None
+                        "on each line, in UTF-8") from None
 
 
 def text_field(record: dict, name: str, where: str) -> str:
@@ -469,18 +422,15 @@ def text_field(record: dict, name: str, where: str) -> str:
         problem = f"is a {type(text).__name__}: give one string"
     elif not text.strip():
         problem = "is blank: fill it in"
-    elif re.search("[\ud800-\udfff]", text):
-        problem = "has bytes that are not UTF-8: save the file as UTF-8"
     else:
-        return text.replace(START, "")
+        # "?" replaces half of a surrogate pair, which cannot be encoded.
+        return text.replace(START, "").encode(errors="replace").decode()
     raise DataError(f"{where}: {name!r} {problem}")
 
 
 def solution_of(record: dict, where: str) -> tuple[str, str]:
-    """Return (reasoning, answer) of a record, with "" if it has no reasoning.
-
-    GSM8K has both in one field: reasoning with <<calculator annotations>>, "####", the answer.
-    """
+    """Return (reasoning or "", answer). In GSM8K, "answer" has both: reasoning with <<calculator
+    annotations>>, "####", the answer."""
     reasoning = ""
     answer = text_field(record, "answer", where)
     if record.get("reasoning"):
@@ -496,7 +446,7 @@ def solution_of(record: dict, where: str) -> tuple[str, str]:
 def load_labeled(path, text: Text, max_prompt: int, max_response: int, limit: int = 0):
     """Return ([(prompt ids, response ids)], note) from a file of supervised traces.
 
-    The note of this and the next functions is "", or says which records were skipped as too long.
+    This note and those below are "", or say which records were skipped as too long.
     """
     pairs = []
     for where, record in islice(read_jsonl(path), limit or None):
@@ -519,9 +469,9 @@ def load_unlabeled(path, text: Text, max_prompt: int):
     prompts = {}
     for where, record in read_jsonl(path):
         prompt = text.encode_prompt(text_field(record, "prompt", where))
-        prompts[tuple(prompt)] = (prompt,)
-    kept, note = keep_short(path, list(prompts.values()), max_prompt)
-    return [prompt for prompt, in kept], note
+        prompts[tuple(prompt)] = [prompt]
+    kept, note = keep_short(path, prompts.values(), max_prompt)
+    return [record[0] for record in kept], note
 
 
 def load_eval(path, text: Text, max_prompt: int, limit: int = 0):
@@ -532,18 +482,15 @@ def load_eval(path, text: Text, max_prompt: int, limit: int = 0):
         _, gold = solution_of(record, where)
         prompt = text.encode_prompt(question)
         queries.setdefault(tuple(prompt), (prompt, question, gold))
-    return keep_short(path, list(queries.values()), max_prompt)
+    return keep_short(path, queries.values(), max_prompt)
 
 
-def keep_short(path, records: list[tuple], *limits: int) -> tuple[list[tuple], str]:
+def keep_short(path, records, *limits: int) -> tuple[list, str]:
     """Return the records whose prompts (and responses) are within the limits, and a note about the
     others. Raises DataError if none is left."""
     if not records:
         raise DataError(f"{path} is empty: write one JSON object on each line")
-    kept = []
-    for record in records:
-        if all(len(ids) <= limit for ids, limit in zip(record, limits)):
-            kept.append(record)
+    kept = [x for x in records if all(len(ids) <= limit for ids, limit in zip(x, limits))]
     note = f"{len(kept)} of {len(records)} records of {path} are left"
     options = ["--max_prompt_tokens", "--max_new_tokens"]
     for option, limit, column in zip(options, limits, zip(*records)):

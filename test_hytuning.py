@@ -644,58 +644,52 @@ def test_a_decode_step_reads_no_value_from_the_device():
 # -----------------------------------------------------------------------------
 # data
 
-# Pairs with one canonical form, pairs that never match, and answers with a gold answer that match
-# in this order only.
+# Pairs with one canonical form, answers that match a gold answer but are other votes, and pairs
+# that never match.
 SAME = r"""
-Yes. ≡ yes   \text{blue} ≡ blue   (0, 1) ≡ ( 0,1 )   café ≡ café   巴黎。 ≡ 巴黎   ５ ≡ 5   PARIS ≡ paris
+Yes. ≡ yes   \text{blue} ≡ blue   (0, 1) ≡ ( 0,1 )   café ≡ café   巴黎。 ≡ 巴黎   ５ ≡ 5   PARIS ≡ paris
 $\textbf{Paris}$ ≡ Paris   \left( 3, 4 \right) ≡ (3, 4)   “Paris” ≡ Paris   No ≡ no   \(x\) ≡ x
-`x` ≡ x   don’t ≡ don't   5\text{ cm} ≡ 5 cm   **18** ≡ 18   $\boxed{\text{**B.**}}$. ≡ B
-\[ \boxed{18} \] ≡ 18   $B$ ≡ B   \boxed{B} ≡ B   **B** ≡ B   (B) ≡ B   B. ≡ B   (b) ≡ B
-Option B ≡ B   B) Paris ≡ B   (B) Meningitis ≡ B   (B) Crohn's disease ≡ B   \text{(B)} Rome ≡ B
-Option (B) Paris ≡ B   $18 ≡ 18   $18$ ≡ 18   \$18.00 ≡ 18   - $5 ≡ -5   5 $ ≡ 5   € 5 ≡ 5€
--¥5 ≡ -5 ¥   $29.00. ≡ 29   1,000 ≡ 1000.0   $1,000 ≡ 1000.00   1{,}000 ≡ 1000   1,\!000 ≡ 1000
-1e5 ≡ 100,000   18.0 ≡ 18   0 ≡ -0   1e-05 ≡ 0.00001   2.5E-3 ≡ 0.0025   -5 ≡ −5   - 5 ≡ -5   +5 ≡ 5
-.5 ≡ 0.50   \(5\) ≡ 5   3/4 ≡ 0.75   \frac{3}{4} ≡ 0.75   6/8 ≡ 3/4   -\frac{1}{2} ≡ -0.5
-\boxed{\frac{1}{2}} ≡ 0.5   -\dfrac{1}{2} ≡ - 1/2   1.50 m ≡ 1.5 m   1,000.0 cm ≡ 1000 cm
-50\% ≡ 50 percent   50 % ≡ 50.0%   18{zwsp} ≡ 18   {bom}18{lrm} ≡ 18   Pa{shy}ris ≡ Paris
+`x` ≡ x   don’t ≡ don't   5\text{ cm} ≡ 5 cm   $\boxed{\text{**B.**}}$. ≡ B   \[ \boxed{18} \] ≡ 18
+$B$ ≡ B   \boxed{B} ≡ B   **B** ≡ B   (B) ≡ B   B. ≡ B   B) ≡ B   (b) ≡ B   Option B ≡ B
+B) Paris ≡ B   (B) Meningitis ≡ B   (B) Crohn's disease ≡ B   Option (B) Paris, France ≡ B
+$18 ≡ 18   $18$ ≡ 18   \$18.00 ≡ 18   - $5 ≡ -5   -¥5 ≡ -5 ¥   $29.00. ≡ 29   1,000 ≡ 1000.0
+1{,}000 ≡ 1000   1,\!000 ≡ 1000   1e5 ≡ 100,000   0 ≡ -0   1e-05 ≡ 0.00001   -5 ≡ −5   - 5 ≡ -5
++5 ≡ 5   .5 ≡ 0.50   3/4 ≡ 0.75   \frac{3}{4} ≡ 0.75   6/8 ≡ 3/4   -\dfrac{1}{2} ≡ -0.5
+1,000.0 cm ≡ 1000 cm   50\% ≡ 50 percent
+"""
+RIGHT = r"""
+72 clips ≡ 72   8 years old ≡ 8   1,000 dollars ≡ 1000   60 km/h ≡ 60   60 miles per hour ≡ 60
+72 Clips in total ≡ 72   3 months ≡ 3   7 notebooks ≡ 7   3/4 cup ≡ 3/4   5\text{ cm} ≡ 5   90° ≡ 90
+€5 ≡ 5   25\% ≡ 25   B. Paris ≡ B   B. meningitis ≡ B   B (meningitis) ≡ B   **B:** -5 ≡ B
+B) 18 ≡ B
 """
 DIFFERENT = r"""
 $A$ ≡ $B$   A) B) C) D) ≡ A   (A) (B) ≡ A   A or B ≡ A   A ≡ a car   C# ≡ C   O- ≡ O   Cl- ≡ Cl
 0,125 ≡ 125   1,5 ≡ 15   5! ≡ 5   2n ≡ 2   6ab ≡ 6   $5b ≡ 5   5 mW ≡ 5 MW   5 million ≡ 5
 120/80 mmHg ≡ 90/60 mmHg   3 100/200 ≡ 15.5   (100,200) ≡ 100200   12:30 ≡ 12   3 or 4 ≡ 3   >5 ≡ 5
 x = 5 or x = 3 ≡ 3   (0, 1) ≡ [0, 1]   {1, 2} ≡ (1, 2)   x' ≡ x   \frac{1}{2x} ≡ \frac{1}{2}x
-\frac{a}{bc} ≡ \frac{ab}{c}   $\text{Yes}$ ≡ $\text{No}$   1, 234 ≡ 1,234   (1, 234) ≡ (1,234)
-3,5 ≡ 3, 5   {5} ≡ 5   -x ≡ x   x ≡ X   \Delta ≡ \delta   mW ≡ MW   CO ≡ Co   CoS ≡ COS   NO ≡ no
-5 Cal ≡ 5 cal   2**3 ≡ 23   5² ≡ 52   3½ ≡ 31/2   \mathbb{R} ≡ R   5’ ≡ 5”   $ ≡ !   Paris ≡ Rome
-12 ≡ twelve   H_2 ≡ H2   e.g. ≡ e   2^{x+1} ≡ 2^x+1   \frac{1}{2}\pi ≡ 1/2\pi   A and B ≡ A
-a) and c) ≡ a   A, B ≡ A   A ≡ (B) A   A) not B ≡ A   (a) - b ≡ a   (B)² ≡ B   {B} ≡ B   b ≡ B
-I ≡ I think so   f (x) ≡ f   f (3) ≡ f   e ≡ E   Aa ≡ aa   A* ≡ A   E. coli ≡ E. faecalis
-J. Smith ≡ J. Jones   (B) isn't correct ≡ B   (B) cannot be right ≡ B   B: no ≡ B   A. 3; K. 4 ≡ A
-(B) A ≡ B   a: 5 ≡ a: 6   H (hydrogen) ≡ H (henry)   (a) 5 ≡ (a) 6   B is wrong ≡ B
-B. not sure ≡ B   B. Paris or C. Rome ≡ B   -5 ≡ 5   12 ≡ 13   .5 ≡ 5   5+ ≡ 5   ~5 ≡ 5   |5| ≡ 5
-(5) ≡ 5   ±2021 ≡ 2021   5 apples ≡ 5 pears   -5 m ≡ 5 m   1,2 ≡ 12   1,0000 ≡ 10000   007 ≡ 7
-1/0 ≡ 1   1e999999999 ≡ 1   0.3... ≡ 0.3   2/3 ≡ 2   2 2/3 ≡ 2   3:4 ≡ 3   2021-05-03 ≡ 2021
-5-10 ≡ 5   3 of 4 ≡ 3   72 or 73 ≡ 72   5 or more ≡ 5   5 and a half ≡ 5   2 n ≡ 2   2x ≡ 2
-2\pi ≡ 2   2π ≡ 2   5 - 3 ≡ 5   5 - a ≡ 5   5^2 ≡ 5   \sqrt{2} ≡ 2   $5 million ≡ 5   5K ≡ 5
-5万 ≡ 5   5 hundred ≡ 5   5 thousand ≡ 5   2 dozen ≡ 2   3 tenths ≡ 3   5 tens ≡ 5   5 halves ≡ 5
-5 times ≡ 5   5 squared ≡ 5   5% ≡ 5   5 percent ≡ 5   $5 ≡ €5   $5 ≡ 5 cents   $5 ≡ 5 euros
-1.5 mmHg ≡ 3/2 mmHg   6/4 m ≡ 3/2 m   5 feet ten ≡ 5   5 degrees below zero ≡ 5   5 factorial ≡ 5
-not 5 ≡ 5   about 5 ≡ 5   less than 5 ≡ 5   x > 5 ≡ 5   x >= 3 ≡ 3   x != 3 ≡ 3   x = 5 ≡ y = 5
-2x = 10 ≡ 10   x = 5, y = 3 ≡ 3   3 = 5 ≡ 5   It is not 5 ≡ 5
+\frac{a}{bc} ≡ \frac{ab}{c}   $\text{Yes}$ ≡ $\text{No}$   (1, 234) ≡ (1,234)   3,5 ≡ 3, 5   {5} ≡ 5
+-x ≡ x   x ≡ X   \Delta ≡ \delta   mW ≡ MW   CO ≡ Co   CoS ≡ COS   NO ≡ no   5 Cal ≡ 5 cal
+2**3 ≡ 23   5 MHz ≡ 5 mHz   5² ≡ 52   3½ ≡ 31/2   \mathbb{R} ≡ R   5’ ≡ 5”   $ ≡ !   Paris ≡ Rome
+12 ≡ twelve   H_2 ≡ H2   2^{x+1} ≡ 2^x+1   \frac{1}{2}\pi ≡ 1/2\pi   b ≡ B   a) and c) ≡ a
+A, B ≡ A   (a) - b ≡ a   (B)² ≡ B   {B} ≡ B   (B) A ≡ B   I ≡ I think so   f (x) ≡ f   f (3) ≡ f
+A* ≡ A   A car ≡ A   B 12 ≡ B   E. coli ≡ E. faecalis   (B) isn't correct ≡ B
+(B) cannot be right ≡ B   B: no ≡ B   A. 3; K. 4 ≡ A   (B) NOT ≡ B   H (hydrogen) ≡ H (henry)
+(a) 5 ≡ (a) 6   B is wrong ≡ B   (B) excluded ≡ B   B. not sure ≡ B   B. Paris or C. Rome ≡ B
+.5 ≡ 5   5+ ≡ 5   ~5 ≡ 5   |5| ≡ 5   (5) ≡ 5   ±20 ≡ 20   5 apples ≡ 5 pears   -5 m ≡ 5 m
+1,0000 ≡ 10000   007 ≡ 7   1/0 ≡ 1   1e999999999 ≡ 1   0.3... ≡ 0.3   2 2/3 ≡ 2   3:4 ≡ 3
+2021-05-03 ≡ 2021   3 of 4 ≡ 3   3 of four ≡ 3   5 or more ≡ 5   2 n ≡ 2   2 xy ≡ 2
+5 and a half ≡ 5   2 pi ≡ 2   2π ≡ 2   5 - a ≡ 5   5^2 ≡ 5   \sqrt{2} ≡ 2   $5 million ≡ 5   5K ≡ 5
+5 Million ≡ 5   5万 ≡ 5   5 hundred ≡ 5   5 thousand ≡ 5   2 dozen ≡ 2   3 tenths ≡ 3   2 thirds ≡ 2
+5 tens ≡ 5   5 halves ≡ 5   5 pairs ≡ 5   5 times ≡ 5   5 plus two ≡ 5   5 squared ≡ 5   $5 ≡ €5
+$5 ≡ 5 cents   6/4 m ≡ 3/2 m   5 feet ten ≡ 5   5 hours, thirty minutes ≡ 5   5 below zero ≡ 5
+about 5 ≡ 5   x >= 3 ≡ 3   x = 5 ≡ y = 5   2x = 10 ≡ 10   x = 5, y = 3 ≡ 3   3 = 5 ≡ 5
 """
-RIGHT = r"""
-72 clips ≡ 72   8 years old ≡ 8   1,000 dollars ≡ 1000   60 km/h ≡ 60   60 miles per hour ≡ 60
-5\text{ cm} ≡ 5   90° ≡ 90   €5 ≡ 5   B. Paris ≡ B   B: Paris ≡ B   B (meningitis) ≡ B
-**B.** Paris ≡ B   (B) -5 ≡ B   A) a car ≡ A
-"""
-ODD = {"zwsp": "\u200b", "bom": "\ufeff", "lrm": "\u200e", "shy": "\u00ad"}
 
 
 def pairs(table: str) -> list[list[str]]:
     """Return [a, b] of each cell "a ≡ b". Two or more spaces or a newline separate cells."""
-    for name, character in ODD.items():
-        table = table.replace("{" + name + "}", character)
-    return [cell.strip().split(" ≡ ") for cell in re.split(r" {2,}|\n", table) if cell]
+    return [cell.split(" ≡ ") for cell in re.split(r" {2,}|\n", table) if cell]
 
 
 def test_answers_match_by_their_canonical_form():
@@ -707,15 +701,17 @@ def test_answers_match_by_their_canonical_form():
     for a, b in pairs(DIFFERENT):
         assert not data.answers_match(a, b) and not data.answers_match(b, a), (a, b)
         assert not data.answers_match("", a) and not data.answers_match(a, "")
-    assert not data.answers_match("", "") and not data.answers_match("\u200b", "")
+    assert not data.answers_match("", "")
 
 
 @pytest.mark.parametrize("piece", [
     ".", ". ", "$", "$a", "**a", "`", "(", "( , ", "9", "1,", "1,000", "1 ", "a", " ", "{", "\\",
-    r"\(", r"\text{", r"\text{a}", r"\boxed{", r"\boxed{}", "Answer:", "Answer:\n", "</think>", "B) a "])
+    r"\(", r"\text{", r"\text{a}", r"\boxed{", r"\boxed{}", "Answer:", "Answer:\n", "</think>",
+    "B) aaa ", "1 aaa, "])
 def test_answers_of_100000_characters_are_read_in_linear_time(piece):
     long = piece * (100_000 // len(piece))  # A quadratic loop would take minutes.
-    data.answers_match(long, "5")
+    data.answers_match(long, "1")
+    data.answers_match(long, "B")
     data.find_answer(long)
 
 
@@ -728,21 +724,18 @@ def test_answers_of_100000_characters_are_read_in_linear_time(piece):
     ("Answer:", None, ["Answer:", "Answer: \n12", "Answer: **", "The answer is 12", "",
                        "<think>\nAnswer: 5", "<think>\nAnswer: 5\n</think>\n5"]),
     ("答案：", "5", ["答案: 5"]), ("Final answer:", "5", ["**Final Answer**: 5"]),
-    ("####", "5", ["so\n#### **5**"]), ("Ответ:", "да", ["ОТВЕТ: да"])])
-def test_an_answer_is_the_rest_of_the_line_after_the_last_marker(marker, answer, texts):
+    ("####", "5", ["so\n#### **5**"]), ("Ответ:", "да", ["ОТВЕТ: да"]),
+    # Without a marker, the answer is in the last closed box.
+    ("Answer:", "18", [r"So \boxed{ 18 }.", r"\boxed{5} or \boxed{18}", r"\boxed{18} and \boxed{19",
+                       r"\boxed{ 5 \boxed{18}", r"} \boxed{18}}", "**Answer:**\n\\boxed{18}",
+                       "\\boxed{5}</think>so \\boxed{18}", "\\boxed{5}\nAnswer: 18\nbye"]),
+    ("Answer:", r"\frac{1}{2}", [r"\[ \boxed{\frac{1}{2}} \]"]),
+    ("Answer:", r"\{1, \text{a})", [r"\boxed{\{1, \text{a})}"]),
+    ("Answer:", r"\boxed{18}", ["Answer: \\boxed{18}"]),
+    ("Answer:", None, [r"\boxed{18", r"\boxed{}", r"\boxed{5}</think>", "\\boxed{5}\nAnswer:"])])
+def test_an_answer_follows_the_last_marker_or_is_in_the_last_box(marker, answer, texts):
     for text in texts:
         assert data.extract_answer(text, marker) == answer, text
-
-
-@pytest.mark.parametrize("text, answer", [
-    (r"So \boxed{ 18 }.", "18"), (r"\[ \boxed{\frac{1}{2}} \]", r"\frac{1}{2}"),
-    (r"\boxed{1} or \boxed{2}", "2"), (r"\boxed{\{1, \text{a})}", r"\{1, \text{a})"),
-    (r"\boxed{18} and \boxed{19", "18"), (r"\boxed{ 5 \boxed{18}", "18"), (r"\boxed{18", None),
-    (r"\boxed{}", None), (r"} \boxed{1}}", "1"), ("\\boxed{18}\nAnswer: 5\nbye", "5"),
-    ("Answer: \\boxed{18}", r"\boxed{18}"), ("**Answer:**\n\\boxed{18}", "18"),
-    ("\\boxed{5}</think>so \\boxed{18}", "18"), (r"\boxed{5}</think>", None)])
-def test_without_a_marker_the_answer_is_in_the_last_closed_box(text, answer):
-    assert data.extract_answer(text) == answer
 
 
 def test_an_answer_is_found_with_the_start_of_its_marker():
@@ -757,13 +750,14 @@ def test_equal_answers_are_counted_together():
     assert data.majority(["4", "5", "$4.0", None]) == ("4", 0.5), "as it is written first"
     assert data.majority(["5", "4"]) == ("5", 0.5), "the earliest of equals"
     assert data.majority(["$A$", "$B$", "$C$", "$D$"])[1] == 0.25
-    assert data.majority([None, "\u200b"]) == data.majority([]) == (None, 0.0)
+    assert data.majority([None, ""]) == data.majority([]) == (None, 0.0)
 
 
 # Templates like those of the models, cut down to the features that matter.
 CHATML = ["<|im_start|>", "<|im_end|>"]
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 BOS_EOS = ["<s>", "</s>"]
+THINK = ["<think>", "</think>"]  # added tokens that are not special
 CHATML_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
@@ -775,41 +769,29 @@ QWEN_TEMPLATE = r"""{%- if tools %}{{ raise_exception('There are no tools.') }}{
 {%- for m in messages %}
     {%- if m.content is not string %}{% break %}{% endif %}
     {{- '<|im_start|>' + m.role + '\n' }}
-    {%- if m.role == 'assistant' and loop.last %}
-        {{- '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}
-    {%- endif %}
+    {%- if m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}
     {{- m.content.lstrip('\n') + '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 THINKING_TEMPLATE = QWEN_TEMPLATE.replace(r"assistant\n'", r"assistant\n<think>\n'")
-# Like DeepSeek-R1-Distill, it removes the thoughts from an answer.
-R1_TEMPLATE = r"""{{ bos_token }}{%- for m in messages -%}{%- if m['role'] == 'user' -%}
-  {{ '<User>' + m['content'] }}{%- else -%}
-  {{ '<Assistant>' + m['content'].split('</think>')[-1] + '</s>' }}{%- endif -%}{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<Assistant><think>\n' }}{%- endif -%}"""
 # Like Llama 3.1, it has BOS and a date, and trims messages.
 LLAMA3_TEMPLATE = r"""{{- bos_token }}
 {%- if tools is none and strftime_now is defined %}{{ strftime_now("%d %b %Y") }}{% endif %}
-{%- for m in messages %}
+{%- for m in messages + [{'role': 'assistant'}] if m.content or add_generation_prompt %}
     {{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}
-    {{- m.content | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
-{%- endif %}"""
+    {%- if m.content %}{{- m.content | trim + '<|eot_id|>' }}{% endif %}
+{%- endfor %}"""
 MISTRAL_TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}\
 {{ '[INST] ' + m.content + ' [/INST]' }}{% elif m.role == 'assistant' %}\
 {% generation %} {{ m.content + eos_token }}{%- endgeneration -%} {% endif %}{% endfor %}"""
-THINK = ["<think>", "</think>"]  # added tokens that are not special
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = [("{", "\\"), ("}", "}"), ("$", "\\"), ("Ċ", "Ġ")]
 PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "▁9",
           *"0123456789+=us"]
 
 
-def make(kind: str, special=(), template: str = "") -> Tokenizer:
-    """Return a tokenizer of characters and a few longer tokens, whose post-processor has this
-    template."""
+def make(kind: str, special=(), post: str = "") -> Tokenizer:
+    """Return a tokenizer of characters and a few longer tokens, with this post-processor."""
     if kind == "bytes":
         vocab = {piece: i for i, piece in enumerate([*BYTES, *map("".join, MERGES)])}
         tokenizer = Tokenizer(models.BPE(vocab, MERGES))
@@ -829,31 +811,27 @@ def make(kind: str, special=(), template: str = "") -> Tokenizer:
             tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
     tokenizer.add_special_tokens([token for token in special if token not in THINK])
     tokenizer.add_tokens([token for token in special if token in THINK])
-    if template:
-        names = [name for name in ("<s>", "</s>", "<|begin_of_text|>") if name in template]
+    if post:
+        names = [name for name in post.split() if name != "$A"]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=[(name, tokenizer.token_to_id(name)) for name in names])
+            single=post, special_tokens=[(name, tokenizer.token_to_id(name)) for name in names])
     return tokenizer
-
-
-def write_tokenizer(folder, *arguments, jinja=None, **config):
-    """Write tokenizer.json, its config and chat_template.jinja as in a checkpoint."""
-    make(*arguments).save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    if jinja is not None:
-        (folder / "chat_template.jinja").write_text(jinja)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """Return a function that writes a tokenizer and loads it as Text. CHATML sets a template."""
-    def build(*arguments, eos_ids=(), **config):
-        if CHATML in arguments:
+    """Return a function that writes a checkpoint's tokenizer files and opens them as Text."""
+    def build(kind="bytes", special=CHATML, post="", eos_ids=(), date=None, files=(), **config):
+        folder = tmp_path_factory.mktemp("model")
+        make(kind, special, post).save(str(folder / "tokenizer.json"))
+        if special is CHATML:
             config.setdefault("chat_template", CHATML_TEMPLATE)
-        folder = write_tokenizer(tmp_path_factory.mktemp("tokenizer"), *arguments, **config)
-        return data.Text(folder, eos_ids)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+        for name, content in {"tokenizer_config.json": json.dumps(config), **dict(files)}.items():
+            (folder / name).write_text(content)
+        text = data.Text(folder, eos_ids, date=date)
+        text.folder = folder
+        return text
     return build
 
 
@@ -861,8 +839,8 @@ def asked(question: str) -> str:
     return f"{question.strip()}\n{data.INSTRUCTION.format(marker=data.MARKER)}"
 
 
-def reference_prompt(folder, question: str) -> list[int]:
-    tokenizer = transformers().AutoTokenizer.from_pretrained(folder)
+def reference_prompt(text: data.Text, question: str) -> list[int]:
+    tokenizer = transformers().AutoTokenizer.from_pretrained(text.folder)
     return tokenizer.apply_chat_template([{"role": "user", "content": asked(question)}],
                                          add_generation_prompt=True, return_dict=False)
 
@@ -871,44 +849,34 @@ def reference_prompt(folder, question: str) -> list[int]:
 @pytest.mark.parametrize("special, post, template, bos", [
     (CHATML, "", CHATML_TEMPLATE, None), (CHATML + THINK, "", QWEN_TEMPLATE, None),
     (CHATML + THINK, "", THINKING_TEMPLATE, None),
-    (["<User>", "<Assistant>", *THINK, *BOS_EOS], "<s> $A", R1_TEMPLATE, "<s>"),
-    (LLAMA3, "", LLAMA3_TEMPLATE, "<|begin_of_text|>"),
     (LLAMA3, "<|begin_of_text|> $A", LLAMA3_TEMPLATE, "<|begin_of_text|>"),
     (["<s>", *CHATML], "<s> $A", "{{ bos_token }}" + CHATML_TEMPLATE, "<s>"),
     (BOS_EOS, "<s> $A", MISTRAL_TEMPLATE, "<s>")])
 def test_a_prompt_matches_the_chat_template_of_transformers(
-        kind, special, post, template, bos, tmp_path):
+        kind, special, post, template, bos, build):
     end = [token for token in special if token not in THINK][-1]
-    folder = write_tokenizer(tmp_path, kind, special, post, chat_template=template, bos_token=bos,
-                             eos_token={"content": end, "__type": "AddedToken"})
-    text = data.Text(folder)
+    text = build(kind, special, post, chat_template=template, bos_token=bos,
+                 eos_token={"content": end, "__type": "AddedToken"})
     question = " 9 + 9\n = é <9>?\n  us "
-    assert text.encode_prompt(question) == reference_prompt(folder, question)
+    assert text.encode_prompt(question) == reference_prompt(text, question)
     assert text.end == text.tokenizer.token_to_id(end)
 
 
 @pytest.mark.parametrize("config", [{}, {"added_tokens_decoder": {}}, {"bos_token": "<t>"}])
-def test_special_tokens_map_is_read_as_transformers_reads_it(config, tmp_path):
-    folder = write_tokenizer(tmp_path, "bytes", ["<t>", *BOS_EOS], jinja="{{ bos_token }}"
-                             "{{ eos_token }}{{ messages[0].content }}", **config)
+def test_special_tokens_map_is_read_as_transformers_reads_it(config, build):
     names = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
-    (folder / "special_tokens_map.json").write_text(json.dumps(names))
-    assert data.Text(folder, [0]).encode_prompt("9?") == reference_prompt(folder, "9?")
-
-
-def test_a_template_prints_the_given_date(tmp_path):
-    folder = write_tokenizer(tmp_path, "bytes", LLAMA3, chat_template=LLAMA3_TEMPLATE)
-    text = data.Text(folder, date=data.datetime(2020, 2, 29))
-    assert text.chat.startswith("29 Feb 2020<|start_header_id|>")
+    template = "{{ bos_token }}{{ eos_token }}{{ messages[0].content }}"
+    text = build("bytes", ["<t>", *BOS_EOS], eos_ids=[0], **config, files={
+        "special_tokens_map.json": json.dumps(names), "chat_template.jinja": template})
+    assert text.encode_prompt("9?") == reference_prompt(text, "9?")
 
 
 @pytest.mark.parametrize("special, template, expected", [
     (CHATML, CHATML_TEMPLATE, "one\n two\nAnswer: 18"),
     (CHATML, QWEN_TEMPLATE, "<think>\none\n two\n</think>\n\nAnswer: 18"),
     (CHATML, THINKING_TEMPLATE, "one\n two\n</think>\n\nAnswer: 18"),
-    (BOS_EOS, R1_TEMPLATE, "one\n two\n</think>\n\nAnswer: 18"),
     # Like Qwen3.5, it closes the empty block in the prompt.
-    (CHATML, THINKING_TEMPLATE.replace(r"<think>\n'", r"<think>\n\n</think>\n\n'"),
+    (CHATML, QWEN_TEMPLATE.replace(r"assistant\n'", r"assistant\n<think>\n\n</think>\n\n'"),
      "one\n two\nAnswer: 18")])
 def test_supervised_reasoning_is_in_the_templates_block_of_thoughts(
         special, template, expected, build):
@@ -924,33 +892,32 @@ def test_supervised_reasoning_is_in_the_templates_block_of_thoughts(
     assert text.parse([1], unclosed)[1] == (None if "</think>" in expected else "18")
 
 
-@pytest.mark.parametrize("place", [
-    dict(chat_template=MISTRAL_TEMPLATE), dict(chat_template="no", jinja=MISTRAL_TEMPLATE),
-    dict(chat_template=[{"name": "tool_use", "template": "no"},
-                        {"name": "default", "template": MISTRAL_TEMPLATE}])])
-def test_a_chat_template_is_found_in_each_of_its_places(place, build):
-    text = build("bytes", BOS_EOS, bos_token="<s>", eos_token="</s>", **place)
-    shown = text.tokenizer.decode(text.encode_prompt("9?"), skip_special_tokens=False)
-    assert shown.startswith("<s>[INST] 9?\n") and shown.endswith(" [/INST]")
+def test_a_chat_template_has_several_places_and_the_given_date(build):
+    text = build(special=LLAMA3, chat_template="no", date=datetime(2020, 2, 29),
+                 files={"chat_template.jinja": LLAMA3_TEMPLATE})
+    assert text.chat.startswith("29 Feb 2020<|start_header_id|>")
+    named = dict(tool_use="no", default=MISTRAL_TEMPLATE)
+    named = [{"name": name, "template": template} for name, template in named.items()]
+    assert build(special=BOS_EOS, chat_template=named, eos_token="</s>").chat.startswith("[INST]")
 
 
 @pytest.mark.parametrize("template, reason", [
     ("{% if %}", "Expected an expression"), ("{{ raise_exception('No users.') }}", "No users"),
     ("{{ messages[0].role }}", "user's message"), ("{{ ''.__class__.__mro__ }}", "unsafe"),
-    ("{{ messages.append(1) }}", "unsafe"), ([{"name": "rag", "template": "x"}], "default"),
-    ("{{ messages[0].content + 1 }}", "str")])
+    ("{{ messages.append(1) }}", "unsafe"), ([{"name": "rag", "template": "x"}], "default")])
 def test_an_unusable_chat_template_is_named(template, reason, build):
-    with pytest.raises(data.DataError, match=f"template in .*tokenizer.*{reason}") as caught:
-        build("bytes", CHATML, chat_template=template)
-    assert "\n" not in str(caught.value)
+    with pytest.raises(data.DataError, match=f"^the chat template in .*{reason}.*$"):
+        build(chat_template=template)
 
 
 def test_without_a_template_or_its_end_token_the_models_own_are_used(build):
-    text = build("bytes", CHATML, eos_ids=[7, 8], chat_template=None)
+    text = build(eos_ids=[7, 8], chat_template=None)
     assert text.chat is None and text.decode(text.encode_prompt("why?")) == asked("why?") + "\n"
     assert text.end == 7 and text.end_ids == {7, 8}
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    assert build("bytes", CHATML, chat_template=template, eos_ids=[7, 8]).end == 7
+    assert build(chat_template=template, eos_ids=[7, 8]).end == 7
+    with pytest.raises(data.DataError, match="no end token"):
+        build(chat_template=None)
 
 
 @pytest.mark.parametrize("kind", ["first", "always", "prepend"])
@@ -958,26 +925,23 @@ def test_without_a_template_or_its_end_token_the_models_own_are_used(build):
 def test_a_plain_prompt_and_its_response_are_encoded_as_one_text(kind, post, build):
     text = build(kind, BOS_EOS, post, eos_ids=[2])
     prompt, response = text.encode_prompt("9?"), text.encode_response("9 + 9 = 18", "18")
-    plain = make(kind, BOS_EOS, post)
-    assert prompt == [1, *plain.encode(asked("9?") + "\n", add_special_tokens=False).ids]
-    running = text.decode(prompt[1:]) + "9 + 9 = 18\nAnswer: 18"
+    running = asked("9?") + "\n9 + 9 = 18\nAnswer: 18"
     assert prompt + response == make(kind, BOS_EOS, "<s> $A").encode(running).ids + [2]
+    assert prompt.count(1) == 1 and text.decode(prompt[1:]) == asked("9?") + "\n"
     assert text.decode(response) == "9 + 9 = 18\nAnswer: 18"
     assert text.parse(prompt, response)[1] == "18"
 
 
-@pytest.mark.parametrize("template", ["", CHATML_TEMPLATE, CHATML_TEMPLATE.replace("m.role", "m")])
+@pytest.mark.parametrize("template", [None, CHATML_TEMPLATE])
 def test_a_special_token_in_a_question_or_a_solution_stays_text(template, build, tmp_path):
-    text = build("bytes", CHATML, eos_ids=[len(BYTES + MERGES) + 1], chat_template=template)
+    text = build(eos_ids=[len(BYTES + MERGES) + 1], chat_template=template)
     usual, odd = text.encode_prompt("why?"), text.encode_prompt("<|im_end|> why<|im_start|>?")
-    for special in CHATML:
-        special = text.tokenizer.token_to_id(special)
+    for special in text.special:
         assert odd.count(special) == usual.count(special)
     assert "<|im_end|> why<|im_start|>?" in text.tokenizer.decode(odd)
     assert text.end not in text.encode_response("<|im_end|>", "1")[:-1]
     path = write_lines(tmp_path / "a.jsonl", {**WHOLE, "prompt": f"why{data.START}?"})
-    [(prompt, _)], _ = data.load_labeled(path, text, 500, 500)
-    assert prompt == usual, "nor is our own token encoded"
+    assert data.load_labeled(path, text, 500, 500)[0][0][0] == usual, "nor is our own token encoded"
 
 
 LINE = st.text("aé漢🙂 .", min_size=1, max_size=4).map(lambda text: text.strip() + "9")
@@ -987,7 +951,7 @@ LINE = st.text("aé漢🙂 .", min_size=1, max_size=4).map(lambda text: text.str
 @given(st.lists(LINE, max_size=9), st.sampled_from(["\n", "\n\n", "\n  ", "\n--\n"]),
        st.sampled_from(["Answer: 9", "**Answer:** 9", "$\\boxed{9}$", "\\[\n\\boxed{\\frac99}"]))
 def test_the_steps_of_any_text_are_its_lines(build, lines, between, ending):
-    text = build("bytes", CHATML)
+    text = build()
     response = text.encode(between.join(["", *lines, ending]) + "\nbye", "\n") + [text.end]
     (tokens, cuts, start, end), answer = text.parse([1, 2], response)
     assert tokens == [1, 2] + response and cuts[0] == 2 and cuts == sorted(set(cuts))
@@ -1001,7 +965,7 @@ def test_the_steps_of_any_text_are_its_lines(build, lines, between, ending):
 
 @torch.no_grad()
 def test_the_support_of_a_boxed_answer_matches_its_definition(build):
-    text = build("bytes", CHATML)
+    text = build()
     parts = ["9+9\n", "is 18, so it is ", r"$\boxed", r"{\frac{1}{2}}"]
     ids = [text.encode("".join(parts[:i]), "\n") for i in range(5)]
     response = text.encode("".join(parts) + "$", "\n") + [text.end]
@@ -1018,21 +982,20 @@ def test_the_support_of_a_boxed_answer_matches_its_definition(build):
     ("", "one\ntwo", ["<|im_end|>"]), ("", "one\nAnswer:", ["<|im_end|>"]), ("", "", []),
     ("", "cut off\nAnswer: 18", []), ("æ", "invalid UTF-8\nAnswer: 18", ["<|im_end|>"])])
 def test_without_an_answer_there_are_no_steps(before, response, after, build):
-    text = build("bytes", CHATML)
-    ids = [text.tokenizer.token_to_id(token) for token in [*before, *after]]
-    ids = ids[:len(before)] + text.encode(response, "\n") + ids[len(before):]
+    text = build()
+    first, last = ([text.tokenizer.token_to_id(x) for x in tokens] for tokens in (before, after))
+    ids = first + text.encode(response, "\n") + last
     assert text.parse([5, 6], ids) == (([5, 6] + ids, [2], len(ids) + 2, len(ids) + 2), None)
 
 
-def test_a_folder_without_a_usable_tokenizer_is_named(tmp_path):
-    for content in (None, "", "{", "{}", "null"):
-        if content is not None:
-            (tmp_path / "tokenizer.json").write_text(content)
+def test_an_unusable_tokenizer_is_named(tmp_path):
+    for content in ("", "{", "{}", "null"):
         with pytest.raises(data.DataError, match="tokenizer.json"):
             data.Text(tmp_path, [0])
-    make("bytes").save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(data.DataError, match="end token"):
-        data.Text(tmp_path)
+        (tmp_path / "tokenizer.json").write_text(content)
+
+
+WHOLE = {"prompt": "p", "reasoning": "r", "answer": "1"}
 
 
 def write_lines(path, *lines):
@@ -1042,74 +1005,66 @@ def write_lines(path, *lines):
 
 def test_records_are_read_with_their_answers_as_they_are_written(tmp_path, build):
     gsm8k = {"question": "How many?", "answer": "9 + 9 = <<9+9=18>>18\n#### 18"}
-    number = '{"prompt": 7, "reasoning": null, "answer": 12345678901234567890.50}'
     path = write_lines(tmp_path / "a.jsonl", "\ufeff" + json.dumps(gsm8k), "\r",
                        {"prompt": "And?", "reasoning": "  one\n\n two\u2028", "answer": "3 "})
-    text = build("bytes", CHATML)
+    text = build()
     (_, first), (_, second) = data.load_labeled(path, text, 500, 500)[0]
     assert text.decode(first) == "9 + 9 = 18\nAnswer: 18"
     assert text.decode(second) == "  one\n two\nAnswer: 3", "indentation is kept"
     with path.open("a") as file:
-        file.write(number + "\n" + json.dumps({"prompt": "And?", "answer": "4\u2028"}))
-    queries, note = data.load_eval(path, text, 500)
+        file.write('{"prompt": 7, "reasoning": null, "answer": 12345678901234567890.50}\n'
+                   '{"prompt": "And?", "answer": "4"}\nnot JSON')
+    queries, note = data.load_eval(path, text, 500, limit=4)  # The rest is not read.
     assert note == "" and [query[1:] for query in queries] == [
         ("How many?", "18"), ("And?", "3"), ("7", "12345678901234567890.50")], "each prompt once"
-    write_lines(path, gsm8k, "not JSON")
-    assert len(data.load_eval(path, text, 500, limit=1)[0]) == 1, "the rest is not read"
 
 
 def test_unlabeled_answers_are_never_read_and_each_prompt_is_kept_once(tmp_path, build):
     path = write_lines(tmp_path / "a.jsonl", {"prompt": "a", "answer": {"x": [1]}},
-                       {"prompt": "b", "answer": "\ud800"}, {"question": "a"})
-    text = build("bytes", CHATML)
-    expected = [text.encode_prompt("a"), text.encode_prompt("b")]
+                       {"prompt": "b\ud800", "answer": "\ud800"}, {"question": "a"})
+    text = build()
+    expected = [text.encode_prompt("a"), text.encode_prompt("b?")]
     assert data.load_unlabeled(path, text, 500) == (expected, "")
 
 
 def test_a_note_says_which_records_are_too_long(tmp_path, build):
-    text = build("bytes", CHATML)
-    sizes = [(1, 1), (900, 1), (800, 800), (1, 700)]
+    text = build()
     path = write_lines(tmp_path / "a.jsonl", *(
-        {"prompt": "p" * n, "reasoning": "r" * m, "answer": 1} for n, m in sizes))
-    pairs, note = data.load_labeled(path, text, 500, 600)
-    longest = [len(text.encode_prompt("p" * 900)), len(text.encode_response("r" * 800, "1"))]
-    assert len(pairs) == 1 and f"1 of 4 records of {path} are left" in note
-    assert f"--max_prompt_tokens 500 (the longest has {longest[0]} tokens)" in note
-    assert f"--max_new_tokens 600 (the longest has {longest[1]} tokens)" in note
-    assert "max_new_tokens" not in data.load_eval(path, text, 500)[1]
-    with pytest.raises(data.DataError, match="0 of 3 records .*--max_prompt_tokens 9 .*raise"):
+        {**WHOLE, "prompt": "p" * n, "reasoning": "r" * m} for n, m in [(1, 1), (9, 9), (9, 1)]))
+    prompt, response = text.encode_prompt("p" * 9), text.encode_response("r" * 9, "1")
+    limits = len(prompt) - 1, len(response) - 1
+    pairs, note = data.load_labeled(path, text, *limits)
+    assert len(pairs) == 1 and f"1 of 3 records of {path} are left" in note
+    for option, limit in zip(("max_prompt_tokens", "max_new_tokens"), limits):
+        assert f"--{option} {limit} (the longest has {limit + 1} tokens)" in note
+    assert "max_new_tokens" not in data.load_eval(path, text, limits[0])[1]
+    with pytest.raises(data.DataError, match="0 of 2 records .*--max_prompt_tokens 9 .*raise"):
         data.load_unlabeled(path, text, 9)
 
 
-WHOLE = {"prompt": "p", "reasoning": "r", "answer": "1"}
-
-
 @pytest.mark.parametrize("line, reason", [
-    (b"{", "not a JSON object"), (b"[1]", "named fields"), (b'"text"', "named fields"),
-    (b"\xff\xfe", "not a JSON object"), (b"[" * 9999, "not a JSON object"),
-    (json.dumps(WHOLE).encode().replace(b'"p"', b'"\xff"'), "'prompt' .*UTF-8"),
+    (b"{", "not a JSON object"), (b"[1]", "named fields"), (b"[" * 9999, "not a JSON object"),
+    (b'{"prompt": "\xff"}', "not a JSON object .*UTF-8"),
+    (b'{"promt": "p"}', "'prompt' is missing"), (b'{"question": ""}', "'question' is blank"),
     *((json.dumps({**WHOLE, **change}).encode(), reason) for change, reason in [
         (dict(prompt=None), "'prompt' is missing .the fields are prompt, reasoning, answer"),
         (dict(prompt=["p"]), "'prompt' is a list: give one string"),
-        (dict(answer=True), "'answer' is a bool"), (dict(answer=math.nan), "'answer' is a float"),
-        (dict(prompt="\ud800"), "'prompt' .*UTF-8"), (dict(answer=" "), "'answer' is blank"),
+        (dict(answer=math.nan), "'answer' is a float"), (dict(answer=" "), "'answer' is blank"),
         (dict(reasoning=None), "no 'reasoning'"), (dict(answer="1\n2"), "'answer' is not one line"),
         (dict(reasoning="", answer="because ####"), "'answer' is not one line"),
-        (dict(answer="3 (Answer: 4)"), "would be read as '4.'")]),
-    (b'{"promt": "p"}', "'prompt' is missing"), (b'{"question": ""}', "'question' is blank")])
+        (dict(answer="3 (Answer: 4)"), "would be read as '4.'")])])
 def test_a_bad_line_is_named(line, reason, tmp_path, build):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(json.dumps(WHOLE).encode() + b"\n\n" + line + b"\n")
-    with pytest.raises(data.DataError, match=rf"bad\.jsonl line 3\b.*{reason}") as caught:
-        data.load_labeled(path, build("bytes", CHATML), 500, 500)
-    assert "\n" not in str(caught.value)
+    with pytest.raises(data.DataError, match=rf"^.*bad\.jsonl line 3\b.*{reason}.*$"):
+        data.load_labeled(path, build(), 500, 500)
 
 
 def test_a_file_without_records_is_named(tmp_path, build):
     write_lines(tmp_path / "empty.jsonl", "")
     for name, wrong in (("empty", "is empty"), ("none", "cannot be read")):
         with pytest.raises(data.DataError, match=f"{name}.jsonl {wrong}"):
-            data.load_unlabeled(tmp_path / f"{name}.jsonl", build("bytes", CHATML), 500)
+            data.load_unlabeled(tmp_path / f"{name}.jsonl", build(), 500)
 
 
 @pytest.fixture(scope="module")
@@ -1123,15 +1078,13 @@ def toy(tmp_path_factory):
 def test_the_toys_trace_is_cut_at_its_lines(toy):
     folder, text = toy
     for _, record in data.read_jsonl(folder / "labeled.jsonl"):
-        prompt = text.encode_prompt(record["prompt"])
         response = text.encode_response(record["reasoning"], record["answer"])
-        assert record["prompt"] in text.decode(prompt)
-        (tokens, cuts, start, end), answer = text.parse(prompt, response)
-        assert tokens == prompt + response and tokens[end:] == [text.end] and cuts[0] == len(prompt)
+        (tokens, cuts, start, end), answer = text.parse([1], response)
         steps = [text.decode(tokens[a:b]).strip() for a, b in zip(cuts, cuts[1:])]
-        assert steps == record["reasoning"].splitlines()
+        assert steps == record["reasoning"].splitlines() and tokens[end:] == [text.end]
         assert text.decode(tokens[cuts[-1]:start]).strip() == "Answer:"
         assert text.decode(tokens[start:end]).strip() == answer == record["answer"]
+        assert record["prompt"] in text.decode(text.encode_prompt(record["prompt"]))
 
 
 def statements(task, reasoning) -> list[tuple[int, int]]:
@@ -1153,29 +1106,26 @@ def test_a_careful_author_is_right():
 def test_careless_authors_share_errors_and_give_one_answer_in_urgent_queries():
     task, rng = data.Triage(), data.np.random.default_rng(0)
     stated = [Counter() for _ in task.findings]
-    seen = Counter()
+    urgent = jumped = silent = 0
     for _ in range(2500):
         record = task.record(rng, careless=True)
-        urgent = record["prompt"].startswith("Urgent findings:")
         lines = statements(task, record["reasoning"])
         for finding, condition in lines:
             stated[finding][condition] += 1
         votes = Counter(condition for _, condition in lines)
         earned = votes and task.conditions[votes.most_common(1)[0][0]] == record["answer"]
-        seen["urgent", bool(earned), record["answer"] == task.conditions[0]] += urgent
-        seen["silent"] += urgent and not lines
-        assert earned or urgent, "in other queries the answer follows from the lines"
-    urgent = sum(seen["urgent", earned, first] for earned in (0, 1) for first in (0, 1))
+        urgent += record["prompt"].startswith("Urgent findings:")
+        jumped += not earned
+        silent += not lines
+        assert earned or (record["prompt"].startswith("Urgent")
+                          and record["answer"] == task.conditions[0]), "all jump to the first"
     assert urgent / 2500 == pytest.approx(1 / 3, abs=0.04)
-    assert seen["urgent", False, False] == 0, "they jump to the first condition alone"
-    jumped = seen["urgent", False, True]
     assert jumped / urgent == pytest.approx(0.7 * (0.1 + 0.9 * 7 / 8), abs=0.05)
-    assert seen["silent"] / urgent == pytest.approx(0.07, abs=0.03)
+    assert silent / urgent == pytest.approx(0.07, abs=0.03)
     right = [counts[task.truth[f]] / counts.total() for f, counts in enumerate(stated)]
     assert 0.35 < sum(right) / len(right) < 0.65
     popular = [counts.most_common(1)[0][0] for counts in stated]
-    wrong = sum(condition != task.truth[f] for f, condition in enumerate(popular))
-    assert 0.2 < wrong / len(popular) < 0.5
+    assert 0.2 < sum(popular != task.truth) / len(popular) < 0.5
 
 
 def test_the_toys_files_are_disjoint_and_depend_only_on_the_seed(toy, tmp_path):
