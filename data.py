@@ -22,8 +22,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 MARKER = "Answer:"
-INSTRUCTION = ("Think step by step, one step per line. Then write your final answer on the last "
-               'line as "{marker} <answer>".')
+INSTRUCTION = 'Think step by step, then end with the line "{marker} <answer>".'
 
 
 class DataError(ValueError):
