@@ -106,10 +106,10 @@ PLAIN_WORD = r"(?<!\\)(?<!\d )\b(?!\w*[a-z][A-Z])(?:[^\W\d_]{3,}|No)\b"
 
 # Words that change the number or the choice before them, in whole or by their first letters.
 CHANGING = (
-    r"(?:and|but|cannot|mod|neither|never|nor|not|point|root|tens?|times|too|was)\b|wrong|false"
-    r"|incorrect|excluded|ruled|eliminated|plus|minus|below|squared|cubed|factorial|half|halv|third"
-    r"|quarter|pair|couple|score|dozen|hundred|thousand|lakh|crore|[a-z]*illi(?:on|ard)|zero|one"
-    r"|two|three|thirt|four|fort[iy]|fi[fv]|six|seven|eigh|nin[et]|tenth|elev|twel|twen")
+    r"(?:and|but|cannot|grand|mod|neither|never|nor|not|point|root|tens?|times|too|was)\b|wrong"
+    r"|false|incorrect|excluded|ruled|eliminated|plus|minus|below|squared|cubed|factorial|half|halv"
+    r"|third|quarter|pair|couple|score|dozen|hundred|thousand|lakh|crore|[a-z]*illi(?:on|ard)|zero"
+    r"|one|two|three|thirt|four|fort[iy]|fi[fv]|six|seven|eigh|nin[et]|tenth|elev|twel|twen")
 WORD = (rf"(?!(?i:{CHANGING}))(?:[A-Za-zà-ÿ][a-zà-ÿ]{{2,}}(?:'s)?|of|in|[cmk][gm]|km/h|[€£¥₹°])"
         "(?![^ ,)])")
 WORDS = rf"{WORD}(?:,? {WORD})*"

@@ -758,9 +758,10 @@ CHATML = ["<|im_start|>", "<|im_end|>"]
 LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 BOS_EOS = ["<s>", "</s>"]
 THINK = ["<think>", "</think>"]  # added tokens that are not special
-CHATML_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
+CHATML_TEMPLATE = """{% for m in messages %}
+<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+  {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 # Like Qwen3, it has a default system prompt, uses tools, break and tojson without HTML escapes, and
 # puts an empty block of thoughts before an answer. Qwen3-Thinking also opens it in the prompt.
@@ -1033,6 +1034,7 @@ def test_a_note_says_which_records_are_too_long(tmp_path, build):
         {**WHOLE, "prompt": "p" * n, "reasoning": "r" * m} for n, m in [(1, 1), (9, 9), (9, 1)]))
     prompt, response = text.encode_prompt("p" * 9), text.encode_response("r" * 9, "1")
     limits = len(prompt) - 1, len(response) - 1
+    assert data.load_labeled(path, text, len(prompt), len(response))[1] == ""
     pairs, note = data.load_labeled(path, text, *limits)
     assert len(pairs) == 1 and f"1 of 3 records of {path} are left" in note
     for option, limit in zip(("max_prompt_tokens", "max_new_tokens"), limits):
