@@ -101,6 +101,7 @@ FORMS = [
 ]
 FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 DASHES_AND_QUOTES = str.maketrans("‐‑‒–—―−‘’“”", "-------''\"\"")
+INVISIBLE = r"[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"
 # A word whose case does not count: Paris and PARIS, but not mRNA, \Delta or the unit in "5 Cal".
 PLAIN_WORD = r"(?<!\\)(?<!\d )\b(?!\w*[a-z][A-Z])(?:[^\W\d_]{3,}|No)\b"
 
@@ -124,8 +125,8 @@ NUMBER = rf"([-+]?) ?([$€£¥₹]?) ?({FRACTION}|{DECIMAL})( ?[€£¥₹°]| 
 def canonical(answer: str) -> str:
     r"""Return the form in which answers are compared: equal forms are the same answer.
 
-    1. Width, spaces, kinds of dashes and quotes, a final full stop, quotes around the answer,
-       Markdown's bold and code, and LaTeX that only formats do not count.
+    1. Width, spaces, invisible characters, kinds of dashes and quotes, a final full stop, quotes
+       around the answer, Markdown's bold and code, and LaTeX that only formats do not count.
     2. Case counts only in words of one or two letters, mixed ones and the word after a number.
     3. A choice from A to J is its letter: "(b)", "B." and "B) Paris" are B; "(B) is wrong" is not.
     4. A number is its value: "$1,000.00" is 1e3; "3/4" and \frac{3}{4} are 0.75.
@@ -133,7 +134,8 @@ def canonical(answer: str) -> str:
 
     In doubt, answers differ: a wrong match rewards an error, while a missed match loses a vote.
     """
-    text = unicodedata.normalize("NFC", answer).translate(FULLWIDTH | DASHES_AND_QUOTES)
+    text = re.sub(INVISIBLE, "", unicodedata.normalize("NFC", answer))
+    text = text.translate(FULLWIDTH | DASHES_AND_QUOTES)
     for _ in range(3):  # Forms may be nested, as in $\boxed{\text{B}}$.
         for pattern, replacement in FORMS:
             text = " ".join(re.sub(pattern, replacement, text).split())

@@ -100,7 +100,8 @@ def prg_of_support(p: list[float]) -> float:
     if len(p) < 2:
         return -1.0 if not p else 0.0
     K = len(p) - 1
-    return p[0] * 2 / 3 + sum((1 - (2 / 3)**(K - k + 1)) * (p[k] - p[k - 1]) for k in range(1, K + 1))
+    gains = [(1 - (2 / 3)**(K - k + 1)) * (p[k] - p[k - 1]) for k in range(1, K + 1)]
+    return p[0] * 2 / 3 + sum(gains)
 
 
 @given(st.lists(st.lists(st.floats(0, 1, width=32), max_size=7), min_size=1, max_size=5))
@@ -695,6 +696,7 @@ def pairs(table: str) -> list[list[str]]:
 def test_answers_match_by_their_canonical_form():
     for a, b in pairs(SAME):
         assert data.canonical(a) == data.canonical(b) and data.answers_match(a, b), (a, b)
+    assert data.canonical("\u200b18\u00ad\ufeff") == "18", "invisible characters"
     for a, b in pairs(RIGHT):
         assert data.answers_match(a, b) and not data.answers_match(b, a), (a, b)
         assert data.canonical(a) != data.canonical(b), "they are different votes"

@@ -167,6 +167,14 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
+def from_rank_0(value):
+    """Return the value that rank 0 has, in all processes."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def say(text: str):
     """Print a text, if it is not empty, on rank 0 without breaking a progress bar."""
     if not text or (dist.is_initialized() and dist.get_rank() > 0):
@@ -292,16 +300,18 @@ class Trainer:
         This process samples N rollouts, G consecutive ones for each of its queries.
         """
         args = self.args
-        start = time.perf_counter()
+        clock = [self.now()]
 
         # 1. Sample a group of G rollouts for each query, and compute their self-certainty c.
         indices = self.draw_batch(len(self.queries), args.queries_per_step, "queries")
         queries = [self.queries[i] for i in indices]
         seed = ("rollouts", args.seed, self.steps_done)
         rollouts, answers, c = self.sample(queries, args.group_size, seed)  # [N] each
+        clock.append(self.now())
 
         # 2. Compute the PRG of each rollout under the frozen starting model.
         PRG = self.compute_prg(rollouts)  # [N]
+        clock.append(self.now())
 
         # 3. to 5. Compute w, r, e, A and lambda. To try another reward, change `learning_signals`.
         answers = self.column(data.number_answers(answers, args.group_size))  # [N], -1 for none
@@ -313,6 +323,7 @@ class Trainer:
 
         # 6. Take one optimizer step on (1 - lambda) L_RD + lambda L_RLIF.
         L_RD, grad_norm = self.update(rollouts, A, lam, N_all)
+        clock.append(self.now())
         self.steps_done += 1
 
         answered = answers >= 0
@@ -321,7 +332,8 @@ class Trainer:
                 "anchor": self.anchor, "prg_rollouts": self.global_mean(PRG[answered]),
                 "self_certainty": self.global_mean(c), "answered": self.global_mean(answered),
                 "response_length": self.global_mean(lengths),
-                "seconds": time.perf_counter() - start}
+                "seconds_sampling": clock[1] - clock[0], "seconds_judging": clock[2] - clock[1],
+                "seconds_update": clock[3] - clock[2]}
 
     def update(self, rollouts, A: Tensor, lam: float, N_all: float) -> tuple[float, float]:
         """Take one optimizer step, and return L_RD and the gradient norm of all processes.
@@ -437,6 +449,11 @@ class Trainer:
     def column(self, values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.double, device=self.device)
 
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def global_mean(self, x: Tensor) -> float | None:
         """Return the mean of the values x of all processes, or None if there are none."""
         total, number = all_sum(self.column([x.sum(), len(x)])).tolist()
@@ -547,7 +564,9 @@ def print_results(results: dict):
 
 
 def show(value: float | int | None) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{round(value, 3) + 0.0:.3f}"  # + 0.0 turns -0.0 into 0.0
+    return str(value)
 
 
 def print_examples(text: data.Text, found: list[dict]):
@@ -582,7 +601,11 @@ def describe_run(args) -> dict:
     for pattern in ("*.json", "*.jinja", "*.safetensors"):
         paths += Path(args.model).glob(pattern)
     for path in filter(None, paths):
-        settings[str(path)] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        checksum = hashlib.sha256()
+        with open(path, "rb") as file:
+            while chunk := file.read(2**24):
+                checksum.update(chunk)
+        settings[str(path)] = checksum.hexdigest()[:16]
     return {"settings": settings, "date": datetime.now().isoformat(), "base": None, "log": []}
 
 
@@ -603,7 +626,7 @@ def read_checkpoint(args, run: dict) -> dict:
     """Return the content of the checkpoint in --out, or `run` if there is none. Raises UsageError
     if it was made with other settings or other files."""
     path = Path(args.out, "checkpoint.pt")
-    if not path.is_file():
+    if not from_rank_0(path.is_file()):
         say(f"there is no checkpoint in {args.out}: the run starts from the beginning")
         return run
     # With mmap, the processes of a machine share one copy in memory.
@@ -691,10 +714,7 @@ def main(argv=None) -> bool:
     if not args.eval_only:
         check_out(args)
     out.mkdir(parents=True, exist_ok=True)
-    received = [describe_run(args) if rank == 0 else None]
-    if world_size > 1:
-        dist.broadcast_object_list(received)
-    run = received[0]
+    run = from_rank_0(describe_run(args) if rank == 0 else None)
     if args.resume:
         run = read_checkpoint(args, run)
     model, text = load_model(args, device, datetime.fromisoformat(run["date"]))
