@@ -1543,7 +1543,8 @@ def outcomes(toy_run):
 
     def outcome(name):
         out = cwd / "out" / name
-        lines = [{**line, "seconds": 0} for line in records_of(out / "metrics.jsonl")]
+        lines = [{k: x for k, x in line.items() if not k.startswith("seconds")}
+                 for line in records_of(out / "metrics.jsonl")]
         weights = load_file(out / "model/model.safetensors")
         return lines, json.loads((out / "eval.json").read_text()), weights
     return outcome
