@@ -1156,13 +1156,12 @@ SHORT = [*SMALL, "--max_labeled", 16, "--queries_per_step", 2, "--group_size", 2
 
 
 def run(cwd, *words):
-    """Run `python ...` in cwd."""
     return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, text=True, env=ENVIRONMENT,
                           capture_output=True, timeout=300)
 
 
-def records_of(path, number: int = 99) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()[:number]]
+def records_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def agree(a, b, tolerance=1e-5):
@@ -1212,13 +1211,12 @@ def test_the_default_run_improves_accuracy_and_prints_a_table_and_an_example(toy
     out = toy_run[0] / "out/run"
     lines = records_of(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 11))
-    assert all(math.isfinite(value) for line in lines for value in line.values())
     assert lines[-1]["loss_rd"] < 0.8 * lines[0]["loss_rd"]
     base, final = json.loads((out / "eval.json").read_text()).values()
     assert final["sample"]["accuracy"] > base["sample"]["accuracy"] + 0.1
+    blocks = (base["sample"], base["vote"], final["sample"], final["vote"])
     rows = [line.split() for line in toy_run[1].splitlines()]
-    assert ["accuracy", *(f"{result[kind]['accuracy']:.3f}" for result in (base, final)
-                          for kind in ("sample", "vote"))] in rows
+    assert ["accuracy", *(f"{block['accuracy']:.3f}" for block in blocks)] in rows
     assert ["prg_pairs", str(base["prg_pairs"]), str(final["prg_pairs"])] in rows
     for said in ("prompts are plain text", "160 samples of 40 queries", "right answer", "p = ",
                  "final: confidence (|) and accuracy (#)"):
@@ -1230,8 +1228,8 @@ def test_the_saved_model_is_complete(toy_run, trainer_for, tmp_path):
     folder = tmp_path / "a b é 漢"
     shutil.copytree(toy_run[0] / "out/run/model", folder)
     path = toy_run[0] / "out/toy/data-0/eval.jsonl"
-    argv = ["--eval_only", "--model", folder, "--eval", path, *SMALL, "--max_new_tokens", 48,
-            "--max_eval", 40, "--eval_samples", 4, "--out", folder]
+    argv = ["--eval_only", "--model", folder, "--eval", path, "--max_prompt_tokens", 64,
+            "--max_new_tokens", 48, "--max_eval", 40, "--eval_samples", 4, "--out", folder]
     train.main([str(word) for word in argv])
     again = json.loads((folder / "eval_only.json").read_text())
     agree(again["model"], json.loads((toy_run[0] / "out/run/eval.json").read_text())["final"])
@@ -1285,8 +1283,7 @@ def test_a_step_matches_its_definition(method, trainer_for):
     (0.3, [1, 5], []), (0.3, [0, 1, 2, 3, 4], ["--checkpoint_activations"]), (1.0, [2], []),
     (0.0, [], []), (1.0, range(8), [])])
 def test_the_gradient_of_an_update_matches_separate_passes(lam, zeros, more, trainer_for):
-    """The update packs texts in several batches, without rollouts whose advantage is 0. Gradients
-    with a norm above 1 are clipped."""
+    """The update has several batches, leaves out rollouts without advantage, and clips at 1."""
     trainer = trainer_for("--queries_per_step", 16, *more)
     model = trainer.model
     rollouts, _, _ = trainer.sample(trainer.queries[:2], 4, seed=0)
@@ -1313,9 +1310,9 @@ def test_a_run_in_bfloat16_stays_near_float32(trainer_for):
         trainer = trainer_for("--dtype", dtype, "--group_size", 4, "--queries_per_step", 16,
                               "--max_labeled", 4, "--lr", 1e-3)
         lines[dtype] = [trainer.step() for _ in range(4)]
-    for model in (trainer.sampling_model, trainer.judge):
-        assert model.lm_head.weight.dtype == torch.bfloat16
-    assert trainer.model.lm_head.weight.dtype == torch.float32
+    models = (trainer.model, trainer.judge, trainer.sampling_model)
+    assert [model.lm_head.weight.dtype for model in models] == [
+        torch.float32, torch.bfloat16, torch.bfloat16]
     for a, b in zip(lines["float32"], lines["bfloat16"]):
         for name, tolerance in ("loss_rd", 0.02), ("self_certainty", 0.1), ("anchor", 0.02):
             close(b[name], a[name], tolerance)
@@ -1357,10 +1354,9 @@ def test_an_evaluation_matches_its_definition_for_any_batch_size(trainer_for):
             auroc=auroc(p, right))
     expected.update(answered=len(answered) / 36, prg=statistics.mean(x["prg"] for x in answered),
                     reliability=prg.reliability(p, right))
-    result = train.evaluate(found)
-    agree(result, expected)
+    agree(train.evaluate(found), expected)
     trainer.args.tokens_per_batch = 24  # two queries at a time
-    agree(train.evaluate(train.answer_held_out(trainer, held_out)), result)
+    agree(train.evaluate(train.answer_held_out(trainer, held_out)), expected)
 
 
 def test_a_model_that_stops_answering_does_not_look_better_calibrated():
@@ -1390,8 +1386,8 @@ def test_examples_show_support_or_why_there_is_no_answer(trainer_for, capsys):
             (silent, ["  1 suggests", "  (no answer: none behind a marker)"])):
         trace, answer = train.read_response(text, text.encode_prompt("Findings:"), response)
         sample = {"answer": answer, "prg": 0.25, "trace": trace, "support": [0.25, 0.5]}
-        query = {"question": "?", "gold": 1, "samples": [sample]}
-        train.print_examples(text, [{**query, "vote": {"answer": name, "confidence": 0.5}}])
+        train.print_examples(text, [{"question": "?", "gold": 1, "samples": [sample],
+                                     "vote": {"answer": name, "confidence": 0.5}}])
         vote = f"  most common answer: {name} (50% of the samples); right answer: 1"
         assert capsys.readouterr().out.splitlines()[-len(lines) - 2:] == ["?", *lines, vote]
 
@@ -1401,10 +1397,10 @@ def test_each_epoch_shuffles_traces_and_queries_independently(trainer_for):
     trainer = trainer_for()
     trainer.world_size = 3
     orders = set()
-    for stream, epoch in itertools.product(("traces", "queries"), (0, 3)):
+    for stream, first in itertools.product(("traces", "queries"), (0, 3)):
         order = []
         for step, trainer.rank in itertools.product(range(3), range(3)):
-            trainer.steps_done = epoch + step
+            trainer.steps_done = first + step
             order += trainer.draw_batch(31, 10, stream)
         assert len(order) == len(set(order)) == 30, "nothing comes up twice in an epoch"
         orders.add(tuple(order))
@@ -1412,12 +1408,11 @@ def test_each_epoch_shuffles_traces_and_queries_independently(trainer_for):
 
 
 def test_a_signal_is_answered_at_once_and_the_handlers_are_restored(short_run, capfd):
-    def step(trainer):
+    def step(trainer, take_step=train.Trainer.step):
         os.kill(os.getpid(), signal.SIGINT)
         assert "finishing the step, then saving" in capfd.readouterr().err
         return take_step(trainer)
 
-    take_step = train.Trainer.step
     before = signal.getsignal(signal.SIGINT)
     with patch.object(train.Trainer, "step", step):
         assert short_run("--steps", 3) is False
@@ -1450,7 +1445,7 @@ def test_an_invalid_run_is_refused_and_changes_no_file(
 
 def test_an_error_is_named_in_the_last_line_and_has_status_2(tmp_path):
     for arguments, named in (("--model m", "--labeled is missing"),
-                             ("--model m --eval_only --eval no.jsonl", "error: no.jsonl")):
+                             ("--model m --eval_only --eval no.jsonl", "error: ")):
         done = run(tmp_path, train.__file__, *arguments.split())
         assert done.returncode == 2 and named in done.stderr.splitlines()[-1]
 
@@ -1460,10 +1455,9 @@ def test_a_new_run_keeps_the_earlier_one_until_it_saves(short_run, toy_run, tmp_
     short_run()
     (out / "model/chat_template.jinja").touch()  # of another model
     before = content_of(out)
-    for failing in (train.Trainer, "step"), (torch, "save"):
-        with patch.object(*failing, side_effect=KeyboardInterrupt):
-            with pytest.raises(KeyboardInterrupt):
-                short_run("--seed", 1)
+    for failing in ("train.Trainer.step", "torch.save"):
+        with patch(failing, side_effect=MemoryError), pytest.raises(MemoryError):
+            short_run("--seed", 1)
         assert "will replace the earlier run" in capsys.readouterr().out
     short_run("--resume")
     assert content_of(out) == before, "the log of the earlier run is in its checkpoint"
@@ -1479,8 +1473,8 @@ def test_a_run_goes_on_if_its_output_cannot_be_written(toy_run, tmp_path):
     done = subprocess.run(
         ["bash", "-c", 'set -o pipefail; "$@" | head -1', "", *map(str, argv)], cwd=tmp_path,
         env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii:strict"}, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == r"\xe9\u6f22 has no chat template: prompts are plain text" + "\n"
+    printed = r"\xe9\u6f22 has no chat template: prompts are plain text" + "\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, printed, "")
     assert (tmp_path / "out/run/eval_only.json").exists()
 
 
@@ -1509,9 +1503,8 @@ for strike, argv in todo:
 if dist.is_initialized():
     leave()
 """
-# In UNEVEN, processes have different shares. In IDLE, one has no query and no trace.
-UNEVEN = ["--queries_per_step", 3, "--group_size", 4, "--steps", 5]
-IDLE = ["--queries_per_step", 1, "--group_size", 3, "--steps", 3, "--max_eval", 1]
+UNEVEN = ["--queries_per_step", 3, "--group_size", 4, "--steps", 5]  # shares differ
+IDLE = ["--queries_per_step", 1, "--group_size", 3, "--steps", 3, "--max_eval", 1]  # one has none
 COMMON = [*files_of(Path("out/toy")), *SMALL, "--max_eval", 7, "--save_every", 2, "--lr", 2e-4]
 
 
@@ -1533,6 +1526,7 @@ def outcomes(toy_run):
     resumed = [*UNEVEN, "--resume"]
     for n in (2, 1):
         assert drive(cwd, n, (signal.SIGKILL, f"killed-{n}", UNEVEN)).returncode != 0
+        # One process resumes the checkpoint of two.
         moved = (0, "moved", resumed) if n == 1 else (signal.SIGTERM, "moved", UNEVEN)
         done = drive(
             cwd, n, (0, f"uneven-{n}", UNEVEN), (0, f"idle-{n}", IDLE), (0, f"killed-{n}", resumed),
@@ -1553,14 +1547,12 @@ def outcomes(toy_run):
 @pytest.mark.parametrize("name, one", [
     ("uneven-2", "uneven-1"), ("idle-2", "idle-1"), ("moved", "uneven-1")])
 def test_any_number_of_processes_gives_the_same_run(name, one, outcomes):
-    """Results agree up to rounding. In moved, 1 process resumes a checkpoint of 2."""
     agree(outcomes(name), outcomes(one))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("name", ["killed", "stopped"])
-def test_an_interrupted_run_resumes_bit_for_bit(name, processes, outcomes):
-    agree(outcomes(f"{name}-{processes}"), outcomes(f"uneven-{processes}"), 0)
+@pytest.mark.parametrize("name", ["killed-1", "killed-2", "stopped-1", "stopped-2"])
+def test_an_interrupted_run_resumes_bit_for_bit(name, outcomes):
+    agree(outcomes(name), outcomes("uneven" + name[-2:]), 0)
 
 
 def test_a_resumed_run_keeps_the_date_of_its_beginning(short_run):
@@ -1573,17 +1565,17 @@ def test_a_resumed_run_keeps_the_date_of_its_beginning(short_run):
         assert text.call_args.args[-1].day == printed
 
 
-@pytest.mark.parametrize("more, changed", [
-    (["--lr", 1], "--lr"), ([], "labeled.jsonl"), ([], "model.safetensors")])
-def test_resuming_with_other_settings_or_files_names_the_change(
-        more, changed, short_run, toy_run, tmp_path):
+def test_resuming_with_other_settings_or_files_names_the_change(short_run, toy_run, tmp_path):
     shutil.copytree(toy_run[0] / "out/toy", tmp_path / "toy")
-    files = files_of(tmp_path / "toy")
-    short_run(*files)
-    for path in (tmp_path / "toy").rglob(changed):
-        path.write_bytes(path.read_bytes() + b"\n")
-    with pytest.raises(train.UsageError, match=f"was made with another .*{changed}"):
-        short_run(*files, "--resume", *more)
+    more = files_of(tmp_path / "toy")
+    short_run(*more)
+    for changed in ("model.safetensors", "labeled.jsonl", "--lr"):  # the last to be compared first
+        for path in (tmp_path / "toy").rglob(changed):
+            path.write_bytes(path.read_bytes() + b"\n")
+        if changed == "--lr":
+            more += ["--lr", 1]
+        with pytest.raises(train.UsageError, match=f"was made with another .*{changed}"):
+            short_run(*more, "--resume")
 
 
 # -----------------------------------------------------------------------------
