@@ -600,12 +600,13 @@ def describe_run(args) -> dict:
     paths = [args.labeled, args.unlabeled, args.eval]
     for pattern in ("*.json", "*.jinja", "*.safetensors"):
         paths += Path(args.model).glob(pattern)
-    for path in filter(None, paths):
-        checksum = hashlib.sha256()
-        with open(path, "rb") as file:
-            while chunk := file.read(2**24):
-                checksum.update(chunk)
-        settings[str(path)] = checksum.hexdigest()[:16]
+    for path in paths:
+        if path and Path(path).is_file():  # a missing file is named when it is read
+            checksum = hashlib.sha256()
+            with open(path, "rb") as file:
+                while chunk := file.read(2**24):
+                    checksum.update(chunk)
+            settings[str(path)] = checksum.hexdigest()[:16]
     return {"settings": settings, "date": datetime.now().isoformat(), "base": None, "log": []}
 
 
