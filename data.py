@@ -111,8 +111,8 @@ CHANGING = (
     r"|false|incorrect|excluded|ruled|eliminated|plus|minus|below|squared|cubed|factorial|half|halv"
     r"|third|quarter|pair|couple|score|dozen|hundred|thousand|lakh|crore|[a-z]*illi(?:on|ard)|zero"
     r"|one|two|three|thirt|four|fort[iy]|fi[fv]|six|seven|eigh|nin[et]|tenth|elev|twel|twen")
-WORD = (rf"(?!(?i:{CHANGING}))(?:[A-Za-zà-ÿ][a-zà-ÿ]{{2,}}(?:'s)?|of|in|[cmk][gm]|km/h|[€£¥₹°])"
-        "(?![^ ,)])")
+WORD = (rf"(?!(?i:{CHANGING}))"
+        "(?:[A-Za-zà-ÿ][a-zà-ÿ]{2,}(?:'s)?|of|in|[cmk][gm]|km/h|[€£¥₹°])(?![^ ,)])")
 WORDS = rf"{WORD}(?:,? {WORD})*"
 CHOICE = rf"(?:option )?(?:\(?([A-Ja-j])\)(?: {WORDS})?|([A-J]))"  # such as "B) Paris"
 OPTION = rf"\(?([A-J])(?:[.:)] | \()(?:-?\$?[\d.,/]+|{WORDS})\)?"  # such as "B. 18"
@@ -585,7 +585,7 @@ class Triage:
     def write_records(self, folder, seed: int = 0):
         """Write labeled.jsonl (64 records), unlabeled.jsonl (2,000) and eval.jsonl (200)."""
         folder = Path(folder)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         files = [("labeled", 64, ["prompt", "reasoning", "answer"]),
                  ("unlabeled", 2000, ["prompt"]),
                  ("eval", 200, ["prompt", "answer"])]

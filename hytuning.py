@@ -19,8 +19,8 @@ running over the rollouts to the same query that give the same answer:
 So a query counts in RLIF in proportion to lambda_q, and RD counts more while the rollouts disagree
 or their PRG is below that of the traces.
 
-PRG (see prg.py) measures how early the reasoning supports its answer, and whether it has raised
-that support. The anchor a is the mean PRG of the supervised traces. Since traces may also be wrong,
+PRG (see prg.py) measures how early the reasoning supports its answer, and whether it keeps doing
+so. The anchor a is the mean PRG of the supervised traces. Since traces may also be wrong,
 each of them is weighted in L_RD by v = w / (mean of w over the traces).
 
 Only the log-probabilities of tokens in the two losses have a gradient; w, v, c, r, e, A and lambda
@@ -60,7 +60,7 @@ def adaptive_weights(prg: Tensor, anchor: float) -> Tensor:
 
     prg [N] is the PRG of each rollout and the anchor a the mean PRG of the supervised traces. A
     rollout that reasons as well as the traces do has weight 1, and one with half of their PRG has
-    1/4. The weight does not grow beyond the anchor, so repeating the conclusion earns nothing.
+    1/4. Lines that repeat the conclusion raise the weight, but not beyond the anchor.
     """
     return (prg / max(anchor, 1e-6)).clamp(0, 1).square().detach()
 
@@ -199,5 +199,6 @@ def head_logprobs(hidden: Tensor, head, targets: Tensor) -> Tensor:
     chunk = 2048 if hidden.is_cuda else 512
     logprobs = []
     for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-        logprobs.append(checkpoint(chunk_logprobs, h, t, use_reentrant=False))
+        logprobs.append(checkpoint(chunk_logprobs, h, t, use_reentrant=False,
+                                   preserve_rng_state=False))
     return torch.cat(logprobs)

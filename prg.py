@@ -2,8 +2,8 @@
 
 A *trace* is a prompt, K reasoning steps and an answer that follows a marker such as "Answer:". Its
 *support* p_k is the probability of the answer (the geometric mean over its tokens) if the marker
-follows directly after the first k steps. *PRG* says how early the steps support the answer, and
-whether they raise its support. The calibration measures compare confidence with correctness.
+follows directly after the first k steps. *PRG* is high if the steps support the answer early and
+keep supporting it. The calibration measures compare confidence with correctness.
 
 The last part of the file computes the support in one pass instead of K+1. You do not need it to use
 PRG in your own code. This file is self-contained; copy it freely. Read it down to "the same in one
@@ -90,22 +90,22 @@ def answer_support(model, traces: list[Trace]) -> tuple[Tensor, Tensor]:
 def progressive_reasoning_gain(support: Tensor, mask: Tensor) -> Tensor:
     """Return PRG [B], in [-1/3, 1], from the support p and its mask, [B, K_max+1] each.
 
-        s_0 = p_0,   s_k = s_{k-1} + (p_k - s_{k-1}) / 3,   PRG = s_K - p_0 / 3
+        m_0 = p_0,   m_k = m_{k-1} + (p_k - m_{k-1}) / 3,   PRG = m_K - p_0 / 3
 
-    The running support s follows p slowly, so an early and lasting gain counts more than one in the
-    last step: PRG = 2/3 p_0 + sum_k (1 - (2/3)^(K-k+1)) (p_k - p_{k-1}). The number of steps before
-    a gain does not matter. A support p that never changes gives 2/3 p, since PRG cannot tell a
-    known answer from one that was decided before the reasoning.
+    The running mean m follows the support slowly, so an early and lasting gain counts more than one
+    in the last step: PRG = 2/3 p_0 + sum_k (1 - (2/3)^(K-k+1)) (p_k - p_{k-1}). The number of steps
+    before a gain does not matter. A support p that never changes gives 2/3 p, since PRG cannot tell
+    a known answer from one that was decided before the reasoning.
 
-    PRG is 0 for an answer without steps and -1 without an answer. The name and the idea are
-    HyTuning's (arXiv 2604.08454); the formula is this project's own.
+    An answer without steps has PRG 0, and a trace without an answer has -1. The name and the idea
+    are HyTuning's (arXiv 2604.08454); the formula is this project's own.
     """
     p = support
-    s = p[:, 0]
+    m = p[:, 0]
     for k in range(1, p.shape[1]):
-        s = torch.where(mask[:, k], s + (p[:, k] - s) / 3, s)
+        m = torch.where(mask[:, k], m + (p[:, k] - m) / 3, m)
     K = mask.sum(-1) - 1
-    gain = torch.where(K > 0, s - p[:, 0] / 3, 0.0)
+    gain = torch.where(K > 0, m - p[:, 0] / 3, 0.0)
     return torch.where(K >= 0, gain, -1.0)
 
 

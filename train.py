@@ -84,7 +84,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
              "votes: rd and rlif mixed by lambda, self-certainty pooled by answer; hytuning: votes "
              "weighted by PRG (%(default)s)")
     add("--queries_per_step", type=int, default=16,
-        help="unlabeled queries of a step, and supervised traces, for all processes (%(default)s)")
+        help="queries of a step, and also traces of a step, for all processes (%(default)s)")
     add("--group_size", type=int, default=8, help="G, rollouts per query, at least 2 (%(default)s)")
 
     add = parser.add_argument_group("optimization").add_argument
@@ -755,8 +755,8 @@ def train(trainer: Trainer, run: dict) -> bool:
     """Take the remaining steps, log them and save; return False if a signal stopped the run."""
     args = trainer.args
     if args.method == "hytuning" and trainer.anchor < 0.05:
-        say(f"warning: the mean PRG of the supervised traces is only {trainer.anchor:.3f}, so "
-            f"{args.model} has not learned the answer format: train it with --method rd first")
+        say(f"warning: the mean PRG of the supervised traces is only {trainer.anchor:.3f}: if "
+            f"{args.model} has not learned the answer format, train it with --method rd first")
     log = Path(args.out, "metrics.jsonl")
     if trainer.rank == 0:
         log.write_text("".join(run["log"]))
