@@ -1589,8 +1589,8 @@ COMMANDS = re.findall(r"train\.py(?![^\n]*`)((?: [^\n#]*)?)", README.replace("\\
 CALL_REWARD = """
 import json
 first = json.loads(open("labeled.jsonl").readline())
-whole = text.response(first["reasoning"], first["answer"])
-other = text.response("1 kosoli suggests rikuti", "rikuti")
+whole = text.encode_response(first["reasoning"], first["answer"])
+other = text.encode_response("1 kosoli suggests rikuti", "rikuti")
 rewards = earned_votes([whole, other, whole[:-1], whole], [first["prompt"]] * 4)
 assert rewards[0] == rewards[3] > rewards[1] > 0 == rewards[2], rewards
 print(rewards)
