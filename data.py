@@ -36,9 +36,9 @@ def find_answer(text: str, marker: str = MARKER) -> tuple[int, int, int] | None:
     r"""Return (marker start, answer start, answer end) in characters, or None without an answer.
 
     The answer is the rest of the line after the last marker, which is also found in upper and lower
-    case, in bold and with a fullwidth colon: "**ANSWER**: 18", "Answer：18". If the line is empty,
-    the answer is the content of the last closed \boxed{...} after it. Without a marker, it is that
-    of the last box, and "\boxed{" is the marker. Thoughts, which end with "</think>", do not count.
+    case, in bold and with a fullwidth colon: "**ANSWER**: 18", "Answer：18". Without a marker, or if
+    nothing follows it on its line, the answer is the content of the last closed \boxed{...} (after
+    it), and "\boxed{" is the marker. Thoughts, which end with "</think>", do not count.
     """
     start = text.rfind("</think>") + 1
     if "<think>" in text[start:]:
@@ -54,9 +54,7 @@ def find_answer(text: str, marker: str = MARKER) -> tuple[int, int, int] | None:
         # The answer is in bold, as in "Answer: **18**", or the whole line, as in "**Answer: 18**".
         answer = re.sub(r"^(?:\*\*)?([^*]*)\*\*$", r"\1", line).strip()
     if not answer:
-        box_start, start, answer = find_box(text, start)
-        if not markers:
-            marker_start = box_start
+        marker_start, start, answer = find_box(text, start)
     if not answer:
         return None
     start = text.index(answer, start)
@@ -86,9 +84,9 @@ def extract_answer(text: str, marker: str = MARKER) -> str | None:
 # (pattern, replacement) pairs that change only the form of an answer.
 FORMS = [
     (r"(?<![.\s]) ?[.。]$", ""),  # a final full stop
-    (r"""^(["'])((?:(?!\1).)+)\1$""", r"\2"),  # quotes around the whole answer
+    (r"""^(["'])((?:(?!\1).)+)\1$|^<([^<>]+)>$""", r"\2\3"),  # quotes or <> around it
     (r"(?<![\w*`])(\*\*|`)([^*`]+)\1(?![\w*`])", r"\2"),  # Markdown's **bold** and `code`
-    (r"(?<![\w$\\])(\$\$?)([^$]+)\1(?![\w$])", r"\2"),  # LaTeX's $...$, \(...\) and \[...\]
+    (r"(?<![\w$\\])(\$\$?)((?:[^$\\]|\\.)+)\1(?![\w$])", r"\2"),  # LaTeX's $...$, \(...\) and \[...\]
     (r"(?<!\\)\\[()\[\]]|\\(?:left|right)(?= ?[()\[\]{}|.\\])", ""),
     (r"\\(?:boxed|text|textbf|textit|mathrm)\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
     (r"\{,\}|,\\!", ","),  # thousands
@@ -164,7 +162,7 @@ def answers_match(answer: str, gold: str) -> bool:
     if re.fullmatch(r"[-+]?[\d.,/]+", gold.strip()):
         return bool(re.fullmatch(rf"{re.escape(expected)} {WORDS}", form))
     option = re.fullmatch(OPTION, form)
-    return bool(option) and option[1] == gold.strip()
+    return bool(option) and option[1] == expected
 
 
 def number_answers(answers: list[str | None], group_size: int) -> list[int]:
@@ -362,9 +360,11 @@ class Text:
 
         tokens is prompt + response. Step k is tokens[cuts[k - 1]:cuts[k]], the marker is
         tokens[cuts[-1]:answer_start] and the answer is tokens[answer_start:answer_end]. Steps are
-        the lines before the marker with a letter or a digit; what stands between them and it, such
-        as "</think>" or "$", belongs to it. Without an answer, or if the response was cut off,
-        there are no steps, answer_start = answer_end = len(tokens), and the answer is None.
+        the lines before the marker with a letter or a digit, except for earlier answers and words
+        on the marker's own line, which belong to the step before them. What stands between the last
+        step and the marker, such as "</think>" or "$", belongs to the marker. Without an answer, or
+        if the response was cut off, there are no steps, answer_start = answer_end = len(tokens),
+        and the answer is None.
         """
         tokens = prompt + response
         text, places = self.read(response)
@@ -375,12 +375,16 @@ class Text:
 
         # A line begins at its first character that is not whitespace.
         lines = re.finditer(r"\S.*", text[:marker_start])
-        steps = [line for line in lines if not re.fullmatch(r"[\W_]*|</?think>", line[0])]
+        lines = [line for line in lines if not re.fullmatch(r"[\W_]*|</?think>", line[0])]
         cuts = {0}
-        if steps:
-            marker = re.compile(r"\S").search(text, steps[-1].end())
-            for following in (*steps[1:], marker):
-                cuts.add(places[following.start()][0])
+        if lines:
+            marker = re.compile(r"\S").search(text, lines[-1].end())
+            for line in lines[1:]:
+                is_box = text[marker_start] == "\\"
+                leads_to_marker = not is_box and "\n" not in text[line.start():marker_start]
+                if not leads_to_marker and not find_answer(line[0], self.marker):
+                    cuts.add(places[line.start()][0])
+            cuts.add(places[marker.start()][0])
         cuts = [len(prompt) + cut for cut in sorted(cuts)]
         first = len(prompt) + places[answer_start][0]
         end = len(prompt) + places[answer_end - 1][1]

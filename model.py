@@ -297,7 +297,9 @@ def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
             model = Decoder(config)
         model.load_state_dict(weights, assign=True)
         model.tie()
-        eos = {**raw, **read_generation_config(folder)}.get("eos_token_id")  # an id, a list or None
+        eos = read_generation_config(folder).get("eos_token_id")  # an id, a list or None
+        if eos is None:
+            eos = raw.get("eos_token_id")
         ids = eos if isinstance(eos, list) else [eos]
         model.eos_ids = tuple(i for i in ids if i is not None)
         if not all(i in range(config.vocab_size) for i in model.eos_ids):

@@ -652,7 +652,7 @@ $\textbf{Paris}$ ≡ Paris   \left( 3, 4 \right) ≡ (3, 4)   “Paris” ≡ Pa
 `x` ≡ x   don’t ≡ don't   5\text{ cm} ≡ 5 cm   $\boxed{\text{**B.**}}$. ≡ B   \[ \boxed{18} \] ≡ 18
 $B$ ≡ B   \boxed{B} ≡ B   **B** ≡ B   (B) ≡ B   B. ≡ B   B) ≡ B   (b) ≡ B   Option B ≡ B
 B) Paris ≡ B   (B) Meningitis ≡ B   (B) Crohn's disease ≡ B   Option (B) Paris, France ≡ B
-$18 ≡ 18   $18$ ≡ 18   \$18.00 ≡ 18   - $5 ≡ -5   -¥5 ≡ -5 ¥   $29.00. ≡ 29   1,000 ≡ 1000.0
+$18 ≡ 18   $18$ ≡ 18   $\$18$ ≡ 18   <7> ≡ 7   \$18.00 ≡ 18   - $5 ≡ -5   -¥5 ≡ -5 ¥   $29.00. ≡ 29   1,000 ≡ 1000.0
 1{,}000 ≡ 1000   1,\!000 ≡ 1000   1e5 ≡ 100,000   0 ≡ -0   1e-05 ≡ 0.00001   -5 ≡ −5   - 5 ≡ -5
 +5 ≡ 5   .5 ≡ 0.50   3/4 ≡ 0.75   \frac{3}{4} ≡ 0.75   6/8 ≡ 3/4   -\dfrac{1}{2} ≡ -0.5
 1,000.0 cm ≡ 1000 cm   50\% ≡ 50 percent
@@ -661,7 +661,7 @@ RIGHT = r"""
 72 clips ≡ 72   8 years old ≡ 8   1,000 dollars ≡ 1000   60 km/h ≡ 60   60 miles per hour ≡ 60
 72 Clips in total ≡ 72   3 months ≡ 3   7 notebooks ≡ 7   3/4 cup ≡ 3/4   5\text{ cm} ≡ 5   90° ≡ 90
 €5 ≡ 5   25\% ≡ 25   B. Paris ≡ B   B. meningitis ≡ B   B (meningitis) ≡ B   **B:** -5 ≡ B
-B) 18 ≡ B
+B) 18 ≡ B   B. Paris ≡ (B)
 """
 DIFFERENT = r"""
 $A$ ≡ $B$   A) B) C) D) ≡ A   (A) (B) ≡ A   A or B ≡ A   A ≡ a car   C# ≡ C   O- ≡ O   Cl- ≡ Cl
@@ -742,7 +742,7 @@ def test_an_answer_follows_the_last_marker_or_is_in_the_last_box(marker, answer,
 def test_an_answer_is_found_with_the_start_of_its_marker():
     assert data.find_answer("So\n**Answer:** 18") == (3, 15, 17)
     assert data.find_answer("So\n\\boxed{ 18 }") == (3, 11, 13)
-    assert data.find_answer("So\nAnswer:\n\\boxed{18}") == (3, 18, 20)
+    assert data.find_answer("So\nAnswer:\n\\boxed{18}") == (11, 18, 20), "the box is the marker"
 
 
 def test_equal_answers_are_counted_together():
@@ -963,6 +963,17 @@ def test_the_steps_of_any_text_are_its_lines(build, lines, between, ending):
     assert "".join(marker) in ("Answer:", "**Answer:**", "$\\boxed{", "\\[\\boxed")
     assert answer in ("9", r"\frac99") and answer in text.decode(tokens[start:end])
     assert text.decode(tokens[cuts[-1]:]).endswith(ending.split("9")[-1] + "\nbye")
+
+
+@pytest.mark.parametrize("words, steps", [
+    ("one\ntwo\nThe final Answer: 9", ["one", "two\nThe final"]), ("one Answer: 9", ["one"]),
+    ("one\nAnswer: 9\nAnswer: 9\nAnswer: 9", ["one\nAnswer: 9\nAnswer: 9"]),
+    ("one\nAnswer:\ntwo\n\\boxed{9}", ["one", "Answer:", "two"])])
+def test_words_around_a_marker_and_earlier_answers_are_no_steps(build, words, steps):
+    text = build()
+    (tokens, cuts, start, end), answer = text.parse([1], text.encode(words, "\n") + [text.end])
+    assert [text.decode(tokens[a:b]).strip() for a, b in zip(cuts, cuts[1:])] == steps
+    assert answer == text.decode(tokens[start:end]).strip() == "9"
 
 
 @torch.no_grad()

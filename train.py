@@ -60,6 +60,13 @@ GPU = dict(tokens_per_batch=16384, dtype="bfloat16")
 CPU = dict(tokens_per_batch=1024, dtype="float32")
 
 
+def positive(text: str) -> int:
+    """Return a positive number, or raise the error that argparse turns into a message."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="python train.py [options]", allow_abbrev=False,
@@ -83,12 +90,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         help="rd: supervised traces only; rlif: self-certainty only; static: half rd, half rlif; "
              "votes: rd and rlif mixed by lambda, self-certainty pooled by answer; hytuning: votes "
              "weighted by PRG (%(default)s)")
-    add("--queries_per_step", type=int, default=16,
+    add("--queries_per_step", type=positive, default=16,
         help="queries of a step, and also traces of a step, for all processes (%(default)s)")
-    add("--group_size", type=int, default=8, help="G, rollouts per query, at least 2 (%(default)s)")
+    add("--group_size", type=positive, default=8, help="G, rollouts per query (%(default)s)")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--steps", type=int, default=100, help="training steps (%(default)s)")
+    add("--steps", type=positive, default=100, help="training steps (%(default)s)")
     add("--lr", type=float, help="learning rate of AdamW (2e-6; toy: 4e-4)")
     add("--seed", type=int, default=0, help="random seed, 0 or more (%(default)s)")
 
@@ -96,8 +103,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--out", type=path, default="out/run", help="folder for all results (%(default)s)")
     add("--resume", action="store_true", help="continue from the checkpoint in --out")
     add("--eval_only", action="store_true", help="evaluate --model without training")
-    add("--eval_samples", type=int, default=8, help="samples per query (%(default)s)")
-    add("--save_every", type=int, default=20, help="steps between saves (%(default)s)")
+    add("--eval_samples", type=positive, default=8, help="samples per query (%(default)s)")
+    add("--save_every", type=positive, default=20, help="steps between saves (%(default)s)")
     add("--show", type=int, default=3, help="examples to print at the end (%(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda: one GPU for each process (%(default)s)")
@@ -108,6 +115,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         help="save memory in the update, which then takes a third more time")
 
     args = parser.parse_args(argv)
+    if args.group_size == 1 and args.method != "rd":
+        parser.error("--group_size 1 has no other rollout to compare with: give at least 2")
     if not args.model and (args.eval_only or args.labeled or args.unlabeled or args.eval):
         parser.error("--model is missing: give the folder of a checkpoint")
     for name in files_needed(args):
