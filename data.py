@@ -44,7 +44,9 @@ def find_answer(text: str, marker: str = MARKER) -> tuple[int, int, int] | None:
     if "<think>" in text[start:]:
         return None
     name = re.escape(marker.strip().rstrip(" :："))
-    colon = r"[^\S\n]*[:：]" if marker.strip().endswith((":", "：")) else ""
+    colon = ""
+    if marker.strip().endswith((":", "：")):
+        colon = r"[^\S\n]*[:：]"
     pattern = re.compile(rf"(?i)\*{{0,3}}{name}\*{{0,3}}{colon}\*{{0,3}}")
     answer = ""
     markers = list(pattern.finditer(text, start))
@@ -78,7 +80,9 @@ def find_box(text: str, start: int) -> tuple[int, int, str]:
 def extract_answer(text: str, marker: str = MARKER) -> str | None:
     """Return the answer that `find_answer` finds in the text, or None."""
     found = find_answer(text, marker)
-    return text[found[1]:found[2]] if found else None
+    if found is None:
+        return None
+    return text[found[1]:found[2]]
 
 
 # (pattern, replacement) pairs that change only the form of an answer.

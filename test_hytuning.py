@@ -34,8 +34,8 @@ import model as decoder
 import prg
 import train
 from hytuning import (adaptive_weights, distillation_loss, group_advantages, head_logprobs,
-                      hytuning_loss, learning_signals, pool_by_answer, rlif_loss,
-                      self_certainty, token_logprobs, trace_weights, weigh_queries)
+                      hytuning_loss, learning_signals, rlif_loss, self_certainty,
+                      token_logprobs, trace_weights, weigh_queries)
 from model import CheckpointError, Config, Decoder, generate, load_pretrained, save_pretrained
 from prg import (Trace, answer_support, auroc, brier_score, expected_calibration_error, pack,
                  packed_support, progressive_reasoning_gain)
