@@ -383,10 +383,12 @@ class Text:
         cuts = {0}
         if lines:
             marker = re.compile(r"\S").search(text, lines[-1].end())
+            # Before a box, the words on its own line may be reasoning.
+            last = marker_start
+            if text[marker_start] != "\\":
+                last = text.rfind("\n", 0, marker_start)
             for line in lines[1:]:
-                is_box = text[marker_start] == "\\"
-                leads_to_marker = not is_box and "\n" not in text[line.start():marker_start]
-                if not leads_to_marker and not find_answer(line[0], self.marker):
+                if line.start() <= last and not find_answer(line[0], self.marker):
                     cuts.add(places[line.start()][0])
             cuts.add(places[marker.start()][0])
         cuts = [len(prompt) + cut for cut in sorted(cuts)]

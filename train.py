@@ -606,9 +606,11 @@ def describe_run(args) -> dict:
     run is resumed, the date that templates print, the evaluation of the starting model, and the
     lines of metrics.jsonl, one for each step."""
     settings = {f"--{name}": x for name, x in vars(args).items() if name not in MAY_CHANGE}
-    paths = [args.labeled, args.unlabeled, args.eval]
-    for pattern in ("*.json", "*.jinja", "*.safetensors"):
-        paths += Path(args.model).glob(pattern)
+    paths = []
+    if not args.eval_only:  # an evaluation is not resumed, so it need not read the model twice
+        paths += [args.labeled, args.unlabeled, args.eval]
+        for pattern in ("*.json", "*.jinja", "*.safetensors"):
+            paths += Path(args.model).glob(pattern)
     for path in paths:
         if path and Path(path).is_file():  # a missing file is named when it is read
             checksum = hashlib.sha256()
