@@ -163,19 +163,17 @@ def distillation_loss(logprobs: Tensor, mask: Tensor, tokens) -> Tensor:
 
 
 def rlif_loss(logprobs: Tensor, mask: Tensor, advantages: Tensor, rollouts) -> Tensor:
-    """Return L_RLIF, whose gradient is that of -(1/rollouts) sum_j A_j mean_t log pi(token_jt).
+    """Return L_RLIF = -(1/rollouts) sum_j A_j mean_t log pi(token_jt), a policy-gradient loss.
 
     logprobs [B, T] are those of the rollouts, mask [B, T] is 1 for response tokens and 0 for
     padding, and advantages are [B]. The divisor `rollouts` is the number of rollouts in the whole
     batch, of which these B may be a part.
 
-    As in GRPO (arXiv 2402.03300), the ratio pi / pi_old stands in place of log pi. With one update
-    for each batch of rollouts, it is 1, its gradient is that of log pi, and clipping has no effect.
-    The *value* of the loss is therefore 0 for whole groups, but its gradient is not.
+    With one update for each batch of rollouts, the gradient is that of GRPO (arXiv 2402.03300): the
+    ratio pi / pi_old is then 1, and clipping has no effect.
     """
-    ratio = (logprobs - logprobs.detach()).exp()
-    mean_ratio = (ratio * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B]
-    return -(advantages.detach() * mean_ratio).sum() / rollouts
+    means = (logprobs * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B]
+    return -(advantages.detach() * means).sum() / rollouts
 
 
 def hytuning_loss(rd: Tensor, rlif: Tensor, lam) -> Tensor:

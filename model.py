@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 
 class CheckpointError(ValueError):
@@ -216,8 +215,6 @@ class Decoder(nn.Module):
             layers=nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers)),
             norm=nn.RMSNorm(config.hidden_size, config.rms_norm_eps)))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # If True, the backward pass recomputes layers. It saves memory and takes a third more time.
-        self.checkpoint_activations = False
         self.eos_ids: tuple[int, ...] = ()  # the tokens that end a response
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -260,8 +257,6 @@ class Decoder(nn.Module):
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)
         for i, layer in enumerate(self.model.layers):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
             x = layer(x, cos, sin, attention_mask, partial(attend, i) if attend else attention)
         return self.model.norm(x)
 
@@ -392,10 +387,10 @@ class Cache:
             self.k.append(like.new_zeros(Q, H_kv, S, N, d, dtype=torch.float32))
             self.v.append(like.new_zeros(Q, H_kv, S, N, d))
 
-    def fill(self, queries: slice, i: int, q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
-        """Compute `attention` for some prompts, and store their keys and values in layer i."""
-        self.prompt_k[i][queries, :, :k.shape[2]] = k
-        self.prompt_v[i][queries, :, :k.shape[2]] = v
+    def fill(self, i: int, q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
+        """Store the keys and values of the prompts in layer i, and return their `attention`."""
+        self.prompt_k[i].copy_(k)
+        self.prompt_v[i].copy_(v)
         return attention(q, k, v, mask)
 
     def mask(self, slot: Tensor) -> Tensor:
@@ -470,28 +465,19 @@ class Sampler:
         self.out = torch.full((n, new), -1, device=weight.device)  # tokens; -1 after the end
         self.total = torch.zeros(n, device=weight.device)  # [n], the sums of the statistic
         self.done = torch.zeros(n, dtype=torch.bool, device=weight.device)
-        self.failed = torch.zeros(1, dtype=torch.bool, device=weight.device)  # logits not finite
         self.t = torch.zeros(1, dtype=torch.long, device=weight.device)  # number of tokens so far
         self.graph = None  # a decode step as a CUDA graph
         self.graph_shapes = None
 
     def prefill(self, prompts):
-        """Run the prompts through the model, a few at a time, and draw the first tokens."""
-        device = self.out.device
-        tokens = 2**14 if device.type == "cuda" else 2**9
-        size = max(1, tokens // max(map(len, prompts)))
-        logits = []
-        for start in range(0, len(prompts), size):
-            piece = [torch.tensor(prompt) for prompt in prompts[start:start + size]]
-            last = torch.tensor([len(prompt) - 1 for prompt in piece], device=device)
-            # Attention is causal, so padding on the right does not change the other tokens.
-            ids = nn.utils.rnn.pad_sequence(piece, batch_first=True).to(device)
-            fill = partial(self.cache.fill, slice(start, start + len(piece)))
-            hidden = self.model.hidden_states(ids, attend=fill)  # [piece, T, D]
-            hidden = hidden[torch.arange(len(piece), device=device), last]
-            logits.append(F.linear(hidden.float(), self.head))
-        logits = torch.cat(logits).repeat_interleave(self.rows.shape[1], dim=0)  # [n, V]
-        self.choose(logits)
+        """Run the prompts through the model, and draw the first tokens."""
+        # Attention is causal, so padding on the right does not change the other tokens.
+        ids = nn.utils.rnn.pad_sequence(list(map(torch.tensor, prompts)), batch_first=True)
+        hidden = self.model.hidden_states(ids.to(self.out.device), attend=self.cache.fill)
+        last = self.lengths[self.rows[:, 0]] - 1  # [Q]
+        hidden = hidden[torch.arange(len(prompts), device=last.device), last]  # [Q, D]
+        logits = F.linear(hidden.float(), self.head)
+        self.choose(logits.repeat_interleave(self.rows.shape[1], dim=0))
 
     def step(self):
         """Run the last tokens of the batch through the model, and draw the next ones.
@@ -511,7 +497,6 @@ class Sampler:
         """Draw the next token of each sample in the batch from logits [R, V]."""
         rows = self.rows.flatten()
         running = ~self.done[rows]
-        self.failed |= ~logits.amax(-1).isfinite().all()
         token = draw(logits, self.u[rows, self.t], self.temperature)
         self.out[rows, self.t] = torch.where(running, token, -1)
         if self.statistic is not None:
@@ -577,7 +562,7 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
     logits, before the temperature.
 
     Raises ValueError if a prompt is empty or does not fit in the model's context with its new
-    tokens, and FloatingPointError if logits are not finite.
+    tokens.
     """
     lengths = [len(prompt) for prompt in prompts]
     longest = model.config.context - max_new_tokens
@@ -597,9 +582,6 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
         # Read the slots of the n tokens, rounded up to whole buckets.
         s.cache.width = min(max_new_tokens, math.ceil(n / bucket) * bucket)
         s.advance()
-    if s.failed:
-        raise FloatingPointError("the model's logits are not finite: check its weights, or "
-                                 "lower the learning rate if it is being trained")
     counts = (s.out >= 0).sum(1)  # [n]
     tokens = [row[:count] for row, count in zip(s.out.tolist(), counts.tolist())]
     groups = [tokens[i:i + samples_per_prompt] for i in range(0, len(tokens), samples_per_prompt)]

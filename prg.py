@@ -306,15 +306,14 @@ def lay_out(rows: list[list[Segment]], W: int, device) -> Packed:
 
 
 @torch.no_grad()
-def packed_support(model, traces: list[Trace], tokens: int = 2048, device=None):
-    """Return the support and mask of `answer_support`, [B, K_max+1] each, on `device`, but faster.
+def packed_support(model, traces: list[Trace], tokens: int = 2048) -> tuple[Tensor, Tensor]:
+    """Return the support and mask of `answer_support`, [B, K_max+1] each, but faster.
 
     model.hidden_states(input_ids, position_ids, attention_mask) gives hidden states [B, W, D], and
     model.logits gives the float32 logits of those that predict an answer. A batch has at most
-    `tokens` slots, as in `pack`. `device` defaults to that of the model.
+    `tokens` slots, as in `pack`. The result is on the device of the model.
     """
-    if device is None:
-        device = model.lm_head.weight.device
+    device = model.lm_head.weight.device
     width = max((len(trace.cuts) for trace in traces), default=1)
     support = torch.zeros(len(traces), width, device=device)
     mask = torch.zeros(len(traces), width, dtype=torch.bool, device=device)

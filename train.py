@@ -50,8 +50,7 @@ METHODS = {"rd": ("labeled",), "rlif": ("unlabeled",), "static": BOTH, "votes": 
            "hytuning": BOTH}
 
 # Options that may change when a run is resumed.
-MAY_CHANGE = ("steps", "out", "resume", "save_every", "show", "device", "tokens_per_batch",
-              "checkpoint_activations")
+MAY_CHANGE = ("steps", "out", "resume", "save_every", "show", "device", "tokens_per_batch")
 
 # Defaults that depend on the task or the device.
 TOY = dict(max_labeled=16, max_prompt_tokens=64, max_new_tokens=48, lr=4e-4, tokens_per_batch=4096)
@@ -111,8 +110,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), help="of a forward pass (bfloat16 on a GPU)")
     add("--tokens_per_batch", type=int,
         help="tokens of a forward pass, with padding (GPU: 16384; CPU: 1024; toy: 4096)")
-    add("--checkpoint_activations", action="store_true",
-        help="save memory in the update, which then takes a third more time")
 
     args = parser.parse_args(argv)
     if args.group_size == 1 and args.method != "rd":
@@ -282,7 +279,6 @@ class Trainer:
         self.steps_done = 0
 
         self.model = model
-        self.model.checkpoint_activations = args.checkpoint_activations
         # The judge is the frozen starting model. If it were trained together with the policy, it
         # would learn to agree with the policy's errors.
         self.judge = copy.deepcopy(model).requires_grad_(False).to(self.dtype)
@@ -373,16 +369,15 @@ class Trainer:
                 # Call the DDP wrapper, since self.policy.module would not synchronize gradients.
                 logprobs, mask = self.policy(batch)  # [n, T] each
             # Losses are divided by global counts, so they add up over batches and processes.
-            L_RD = torch.zeros(1, device=self.device)
-            L_RLIF = torch.zeros(1, device=self.device)
+            L_RD, L_RLIF = 0, 0
             if i < len(rd_batches):
                 mask = v[batch.trace, None] * mask
                 L_RD = hytuning.distillation_loss(logprobs, mask, tokens)
+                total_RD += L_RD.detach()
             else:
                 L_RLIF = hytuning.rlif_loss(logprobs, mask, A[batch.trace], N_all)
             # DDP averages gradients over processes. The factor turns the average into a sum.
             (hytuning.hytuning_loss(L_RD, L_RLIF, lam) * self.world_size).backward()
-            total_RD += L_RD.detach()
 
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         if not math.isfinite(norm):  # the same in all processes
@@ -440,8 +435,7 @@ class Trainer:
     def measure_support(self, model: Decoder, traces) -> tuple[Tensor, Tensor]:
         """Return the support and its mask, [N, K_max+1] each, of traces under a model."""
         with self.autocast():
-            support, mask = prg.packed_support(model, traces, self.args.tokens_per_batch,
-                                               self.device)
+            support, mask = prg.packed_support(model, traces, self.args.tokens_per_batch)
         return support.double(), mask
 
     def compute_prg(self, traces) -> Tensor:
@@ -550,7 +544,7 @@ def measure_confidence(items: list[dict], queries: int) -> dict:
 
 
 def print_results(results: dict):
-    """Print a table of the measures of each model, and the reliability diagram of its samples."""
+    """Print a table of the measures of each model."""
     last = list(results.values())[-1]
     say(f"\n{last['samples']} samples of {last['queries']} queries. A vote is the most common\n"
         "answer to a query, and its confidence is its share of the samples. A sample without an\n"
@@ -564,12 +558,6 @@ def print_results(results: dict):
         say(row)
     for measure in ("answered", "prg", "prg_wins", "prg_pairs"):
         say(f"{measure:22}" + "".join(f"{show(r[measure]):>9}{'':7}" for r in results.values()))
-    for name, result in results.items():
-        say(f"\n{name}: confidence (|) and accuracy (#) of the samples in each bin of confidence")
-        for confidence, accuracy, number in result["reliability"]:
-            bar = list(f"{'#' * round(40 * accuracy):41}")
-            bar[round(40 * confidence)] = "|"
-            say(f"  {confidence:4.2f}  {''.join(bar)}  {accuracy:4.2f} of {number}")
 
 
 def show(value: float | int | None) -> str:
@@ -765,9 +753,6 @@ def main(argv=None) -> bool:
 def train(trainer: Trainer, run: dict) -> bool:
     """Take the remaining steps, log them and save; return False if a signal stopped the run."""
     args = trainer.args
-    if args.method == "hytuning" and trainer.anchor < 0.05:
-        say(f"warning: the mean PRG of the supervised traces is only {trainer.anchor:.3f}: if "
-            f"{args.model} has not learned the answer format, train it with --method rd first")
     log = Path(args.out, "metrics.jsonl")
     if trainer.rank == 0:
         log.write_text("".join(run["log"]))
