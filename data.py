@@ -3,8 +3,7 @@
 A response has one reasoning step per line and ends with a marker ("Answer:" or "\\boxed{") and the
 answer. Both are located in its own token ids, because encoding its text again may give others.
 
-This file is self-contained; copy it freely. Read it after hytuning.py, prg.py and `Trainer.step` in
-train.py; model.py is next.
+This file is self-contained; copy it freely. Read model.py next.
 
 SPDX-License-Identifier: MIT
 """
@@ -90,7 +89,8 @@ FORMS = [
     (r"(?<![.\s]) ?[.。]$", ""),  # a final full stop
     (r"""^(["'])((?:(?!\1).)+)\1$|^<([^<>]+)>$""", r"\2\3"),  # quotes or <> around it
     (r"(?<![\w*`])(\*\*|`)([^*`]+)\1(?![\w*`])", r"\2"),  # Markdown's **bold** and `code`
-    (r"(?<![\w$\\])(\$\$?)((?:[^$\\]|\\.)+)\1(?![\w$])", r"\2"),  # LaTeX's $...$, \(...\) and \[...\]
+    # LaTeX's $...$, \(...\) and \[...\]
+    (r"(?<![\w$\\])(\$\$?)((?:[^$\\]|\\.)+)\1(?![\w$])", r"\2"),
     (r"(?<!\\)\\[()\[\]]|\\(?:left|right)(?= ?[()\[\]{}|.\\])", ""),
     (r"\\(?:boxed|text|textbf|textit|mathrm)\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
     (r"\{,\}|,\\!", ","),  # thousands
@@ -103,7 +103,6 @@ FORMS = [
 ]
 FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 DASHES_AND_QUOTES = str.maketrans("‐‑‒–—―−‘’“”", "-------''\"\"")
-INVISIBLE = r"[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"
 # A word whose case does not count: Paris and PARIS, but not mRNA, \Delta or the unit in "5 Cal".
 PLAIN_WORD = r"(?<!\\)(?<!\d )\b(?!\w*[a-z][A-Z])(?:[^\W\d_]{3,}|No)\b"
 
@@ -129,15 +128,15 @@ def canonical(answer: str) -> str:
 
     1. Width, spaces, invisible characters, kinds of dashes and quotes, a final full stop, quotes
        around the answer, Markdown's bold and code, and LaTeX that only formats do not count.
-    2. Case counts only in words of one or two letters, mixed ones and the word after a number.
+    2. Case counts only in short or mixed words (mW, mRNA), after a number and in LaTeX commands.
     3. A choice from A to J is its letter: "(b)", "B." and "B) Paris" are B; "(B) is wrong" is not.
     4. A number is its value: "$1,000.00" is 1e3; "3/4" and \frac{3}{4} are 0.75.
     5. All other text is a part of the answer, also a unit: "5 cm" is neither 5 nor "5 m".
 
     In doubt, answers differ: a wrong match rewards an error, while a missed match loses a vote.
     """
-    text = re.sub(INVISIBLE, "", unicodedata.normalize("NFC", answer))
-    text = text.translate(FULLWIDTH | DASHES_AND_QUOTES)
+    text = unicodedata.normalize("NFC", answer).translate(FULLWIDTH | DASHES_AND_QUOTES)
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf")  # invisible characters
     for _ in range(3):  # Forms may be nested, as in $\boxed{\text{B}}$.
         for pattern, replacement in FORMS:
             text = " ".join(re.sub(pattern, replacement, text).split())
@@ -423,16 +422,11 @@ def text_field(record: dict, name: str, where: str) -> str:
     if name == "prompt" and "prompt" not in record and "question" in record:
         name = "question"
     text = record.get(name)
-    if text is None:
-        problem = f"is missing (the fields are {', '.join(record) or 'none'}): add it"
-    elif not isinstance(text, str):
-        problem = f"is a {type(text).__name__}: give one string"
-    elif not text.strip():
-        problem = "is blank: fill it in"
-    else:
-        # "?" replaces half of a surrogate pair, which cannot be encoded.
-        return text.replace(START, "").encode(errors="replace").decode()
-    raise DataError(f"{where}: {name!r} {problem}")
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{where}: {name!r} is {text!r:.50}, but must be a string with some text "
+                        f"(the fields are {', '.join(record) or 'none'}): correct it")
+    # "?" replaces half of a surrogate pair, which cannot be encoded.
+    return text.replace(START, "").encode(errors="replace").decode()
 
 
 def solution_of(record: dict, where: str) -> tuple[str, str]:
@@ -515,9 +509,8 @@ def keep_short(path, records, *limits: int) -> tuple[list, str]:
 class Triage:
     """Find the condition to which most findings of a query point. All their names are invented.
 
-    A trace says on each line to which condition one finding points, and then answers with the
-    condition that occurs most often. A third of the queries are marked as urgent, which does not
-    change their answer.
+    A trace says on each line to which condition one finding points. A third of the queries are
+    marked as urgent, which does not change their answer.
 
     The base model is trained on traces of careless authors. Less than half of their lines are
     right: for every third finding they state one wrong condition more often than the right one. In
@@ -621,5 +614,4 @@ class Triage:
         names = {"tokenizer_class": "PreTrainedTokenizerFast",
                  "eos_token": "<end>", "unk_token": "<unk>"}
         (folder / "tokenizer_config.json").write_text(json.dumps(names))
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
         return len(vocab), end

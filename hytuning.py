@@ -60,7 +60,7 @@ def adaptive_weights(prg: Tensor, anchor: float) -> Tensor:
 
     prg [N] is the PRG of each rollout and the anchor a the mean PRG of the supervised traces. A
     rollout that reasons as well as the traces do has weight 1, and one with half of their PRG has
-    1/4. Lines that repeat the conclusion raise the weight, but not beyond the anchor.
+    1/4. If a is 0 or less, every rollout with a positive PRG has weight 1.
     """
     return (prg / max(anchor, 1e-6)).clamp(0, 1).square().detach()
 
@@ -82,12 +82,10 @@ def pool_by_answer(values: Tensor, answers: Tensor, group_size: int) -> Tensor:
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
     """Return A_j = (r_j - mean) / (std + 1e-4), [N], in each group of consecutive rewards [N].
 
-    The formula is GRPO's (arXiv 2402.03300), with 1e-4 added. If all rewards of a group are equal,
-    its advantages are exactly 0.
+    The formula is GRPO's (arXiv 2402.03300), with 1e-4 added.
     """
     r = rewards.detach().view(-1, group_size)
-    # Subtract the first reward, so that equal rewards give exactly 0 despite rounding.
-    r = r - r[:, :1]
+    r = r - r[:, :1]  # Equal rewards then have advantages of exactly 0, despite rounding.
     centered = r - r.mean(1, keepdim=True)
     std = centered.square().mean(1, keepdim=True).sqrt()
     return (centered / (std + 1e-4)).flatten()
@@ -106,18 +104,11 @@ def learning_signals(method: str, certainty: Tensor, prg: Tensor | None, answers
     for an unknown method. Then call `weigh_queries`.
     """
     c = certainty
-    if method == "rd":
-        # Reasoning distillation alone: the rollouts are ignored.
-        r = torch.zeros_like(c)
-        e = torch.zeros_like(c)
-    elif method == "rlif":
-        # Internal feedback alone: each rollout is rewarded by its own certainty.
+    fixed = {"rd": 0.0, "static": 0.5, "rlif": 1.0}  # lambda of the methods that do not compute it
+    if method in fixed:
+        # Each rollout is rewarded by its own certainty; in `rd`, lambda = 0 leaves it out.
         r = c
-        e = torch.ones_like(c)
-    elif method == "static":
-        # The reward is the same, and RD and RLIF have equal weight.
-        r = c
-        e = torch.full_like(c, 0.5)
+        e = torch.full_like(c, fixed[method])
     elif method in ("votes", "hytuning"):
         # The certainty of all rollouts with the same answer is pooled. In `votes`, each rollout has
         # one vote; in `hytuning`, its vote is multiplied by its weight.
@@ -195,8 +186,5 @@ def head_logprobs(hidden: Tensor, head, targets: Tensor) -> Tensor:
         return token_logprobs(head(h), t)
 
     chunk = 2048 if hidden.is_cuda else 512
-    logprobs = []
-    for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-        logprobs.append(checkpoint(chunk_logprobs, h, t, use_reentrant=False,
-                                   preserve_rng_state=False))
-    return torch.cat(logprobs)
+    pairs = zip(hidden.split(chunk), targets.split(chunk))
+    return torch.cat([checkpoint(chunk_logprobs, h, t, use_reentrant=False) for h, t in pairs])

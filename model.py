@@ -4,8 +4,7 @@ The four families share one architecture with a few options: a token embedding, 
 (RMSNorm, attention, RMSNorm, gated MLP), a final RMSNorm and a projection to the vocabulary. Read
 `Config`, then `Attention`, `Layer` and `Decoder`, then `generate`.
 
-This file is self-contained; copy it freely. It is the last to read, after hytuning.py, prg.py,
-`Trainer.step` in train.py, and data.py.
+This file is self-contained; copy it freely. It is the last to read.
 
 SPDX-License-Identifier: MIT
 """
@@ -87,6 +86,8 @@ class Config:
             raise CheckpointError(f"model_type {family!r} is not supported")
         if raw.get("quantization_config"):
             raise CheckpointError("quantized weights are not supported")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(f"hidden_act {raw['hidden_act']!r} is not supported")
         # New files keep RoPE's settings in rope_parameters, old ones in these two fields.
         rope = {"rope_theta": raw.get("rope_theta", 1e4), **(raw.get("rope_scaling") or {})}
         rope.update(raw.get("rope_parameters") or {})
@@ -237,12 +238,10 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] of hidden states [..., D], in float32 even under autocast.
 
-        bfloat16 numbers near 20 are 0.125 apart, which is too coarse for log-probabilities. (A
-        float64 model computes in float64.)
+        bfloat16 numbers near 20 are 0.125 apart, which is too coarse for log-probabilities.
         """
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.to(dtype), self.lm_head.weight.to(dtype))
+            return F.linear(hidden.float(), self.lm_head.weight.float())
 
     def hidden_states(self, input_ids, position_ids=None, attention_mask=None, attend=None):
         """Return the input of `logits`, [B, T, D], for callers that need few of the logits.
@@ -263,12 +262,6 @@ class Decoder(nn.Module):
 
 # -----------------------------------------------------------------------------
 # loading, saving
-
-# Files that save_pretrained copies from the original checkpoint.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
-                   "chat_template.jinja")
-
 
 def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
     """Load a Decoder from a Hugging Face folder with config.json and safetensors files.
@@ -292,9 +285,8 @@ def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
             model = Decoder(config)
         model.load_state_dict(weights, assign=True)
         model.tie()
-        eos = read_generation_config(folder).get("eos_token_id")  # an id, a list or None
-        if eos is None:
-            eos = raw.get("eos_token_id")
+        # An id, a list or None. generation_config.json comes first.
+        eos = read_generation_config(folder).get("eos_token_id", raw.get("eos_token_id"))
         ids = eos if isinstance(eos, list) else [eos]
         model.eos_ids = tuple(i for i in ids if i is not None)
         if not all(i in range(config.vocab_size) for i in model.eos_ids):
@@ -342,9 +334,9 @@ def save_pretrained(model: Decoder, folder, source=None):
     generation = {}
     if source is not None:
         generation = read_generation_config(Path(source))
-        for name in TOKENIZER_FILES:
-            if Path(source, name).is_file():
-                shutil.copyfile(Path(source, name), folder / name)
+        for pattern in ("tokenizer*", "*tokens*.json", "vocab.json", "merges.txt", "*.jinja"):
+            for path in Path(source).glob(pattern):
+                shutil.copyfile(path, folder / path.name)
     if model.eos_ids:
         # Other programs must stop at the same tokens; they read either of the two files.
         config["eos_token_id"] = generation["eos_token_id"] = list(model.eos_ids)
@@ -561,8 +553,7 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
     statistic over the tokens of each sample, [prompts, samples]. The statistic reads float32
     logits, before the temperature.
 
-    Raises ValueError if a prompt is empty or does not fit in the model's context with its new
-    tokens.
+    Raises ValueError if a prompt is empty or does not fit in the context with its new tokens.
     """
     lengths = [len(prompt) for prompt in prompts]
     longest = model.config.context - max_new_tokens
@@ -599,8 +590,7 @@ def side_stream(device: torch.device):
 def uniforms(prompts: list[list[int]], samples: int, new: int, seed) -> Tensor:
     """Return random numbers in [0, 1) for each sample and position, [prompts * samples, new].
 
-    A sample's numbers are taken from a hash of (seed, its prompt, its number), so they do not
-    depend on the rest of the batch. A smaller `new` gives the first of the same numbers.
+    They are hashes of (seed, prompt, number of the sample). A smaller `new` gives the first ones.
     """
     numbered = Counter()  # how many samples of each prompt there are so far
     hashes = bytearray()

@@ -11,7 +11,6 @@ pass", then `Trainer.step` in train.py.
 
 SPDX-License-Identifier: MIT
 """
-import math
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +30,8 @@ class Trace:
         answer      tokens[answer_start:answer_end]; if it is empty, the trace has no answer
         response    tokens[cuts[0]:], which may end in tokens after the answer
 
-    answer_end defaults to the end of the tokens. Raises ValueError if the tokens are not a list, or
-    if there are no cuts, the prompt is empty, or the positions decrease or exceed the tokens.
+    answer_end defaults to the end of the tokens. Raises ValueError if the tokens are not a list or
+    the positions are not valid.
     """
     tokens: list[int]
     cuts: list[int]
@@ -110,11 +109,7 @@ def progressive_reasoning_gain(support: Tensor, mask: Tensor) -> Tensor:
 
 
 def final_support(support: Tensor, mask: Tensor) -> Tensor:
-    """Return the final support p_K [B], the model's confidence in its answer, or 0 without one.
-
-    The support is a geometric mean over tokens, and the last tokens of a long answer often follow
-    from its first ones. Long answers therefore look more certain than short ones.
-    """
+    """Return the final support p_K [B], the model's confidence in its answer, or 0 without one."""
     last = (mask.sum(-1) - 1).clamp(min=0)
     return (support * mask).gather(-1, last[:, None])[:, 0]
 
@@ -122,32 +117,18 @@ def final_support(support: Tensor, mask: Tensor) -> Tensor:
 # -----------------------------------------------------------------------------
 # calibration
 
-def reliability(confidence, correct, bins: int = 10) -> list[tuple[float, float, int]]:
-    """Return (mean confidence, accuracy, number of items) of each nonempty bin of confidence.
+def expected_calibration_error(confidence, correct, bins: int = 10) -> float:
+    """Return the mean of |mean confidence - accuracy| over bins of confidence, weighted by count.
 
-    confidence [N] is in [0, 1], correct [N] is bool or 0/1, and the bins have equal width. For a
-    calibrated model the first two numbers agree.
+    confidence [N] is in [0, 1], correct [N] is bool or 0/1, and the bins have equal width. The
+    result is NaN if there is no data. The measure is from Guo et al., arXiv 1706.04599.
     """
     confidence = torch.as_tensor(confidence, dtype=torch.double)
     correct = torch.as_tensor(correct, dtype=torch.double)
     bin_of = (confidence * bins).long().clamp(max=bins - 1)
-    rows = []
-    for b in bin_of.unique():
-        inside = bin_of == b
-        count = inside.sum().item()
-        rows.append((confidence[inside].mean().item(), correct[inside].mean().item(), count))
-    return rows
-
-
-def expected_calibration_error(confidence, correct, bins: int = 10) -> float:
-    """Return the mean of |confidence - accuracy| over the bins of `reliability`, weighted by count.
-
-    It is NaN if there is no data. The measure is from Guo et al., arXiv 1706.04599.
-    """
-    error = 0.0
-    for mean_confidence, accuracy, count in reliability(confidence, correct, bins):
-        error += count * abs(mean_confidence - accuracy)
-    return error / len(confidence) if len(confidence) else math.nan
+    # The gap of a bin times its count is the absolute value of a sum over its items.
+    gaps = torch.bincount(bin_of, weights=confidence - correct).abs()
+    return (gaps.sum() / len(confidence)).item()
 
 
 def brier_score(confidence, correct) -> float:
@@ -160,8 +141,7 @@ def brier_score(confidence, correct) -> float:
 def auroc(confidence, correct) -> float:
     """Return the probability that a correct item has more confidence than a wrong one.
 
-    Ties count half, so chance gives 0.5. The result is NaN if all items are correct or all are
-    wrong. It is the Mann-Whitney statistic divided by the number of pairs.
+    Ties count half, so chance gives 0.5. It is NaN if all items are correct or all are wrong.
     """
     confidence = torch.as_tensor(confidence, dtype=torch.double)
     correct = torch.as_tensor(correct, dtype=torch.double)
@@ -189,8 +169,8 @@ def auroc(confidence, correct) -> float:
 class Segment:
     """Consecutive tokens of a row: a prompt, a response, its reasoning or a copy.
 
-    The inputs begin with the token before a response or a copy and leave out its last token, so the
-    last len(targets) inputs predict the targets.
+    The inputs of a response or a copy begin with the token before it and leave out its last token,
+    so its last len(targets) inputs predict the targets.
     """
     inputs: list[int]
     position: int = 0  # the position of the first input in its text
@@ -247,7 +227,7 @@ def pack(traces: list[Trace], copies: bool, tokens: int = 2048, width: int = 102
     that needs more gets a row of its own.
     """
     rows = []
-    prompt = None  # the prompt of the last row
+    prompt = None  # the prompt of the last row, None while there is no row
     for index, trace in enumerate(traces):
         if copies and not trace.answer:
             continue
@@ -288,7 +268,7 @@ def lay_out(rows: list[list[Segment]], W: int, device) -> Packed:
             sees[b, start:end, start:end] = True
             if segment.cut is None:
                 reasoning = start
-            else:  # a copy also sees the reasoning before its cut
+            else:  # a copy also sees the reasoning up to its own first position
                 sees[b, start:end, reasoning:reasoning + segment.position - P] = True
             if segment.targets:
                 slots += range(len(ids) - len(segment.targets), len(ids))
@@ -309,9 +289,9 @@ def lay_out(rows: list[list[Segment]], W: int, device) -> Packed:
 def packed_support(model, traces: list[Trace], tokens: int = 2048) -> tuple[Tensor, Tensor]:
     """Return the support and mask of `answer_support`, [B, K_max+1] each, but faster.
 
-    model.hidden_states(input_ids, position_ids, attention_mask) gives hidden states [B, W, D], and
-    model.logits gives the float32 logits of those that predict an answer. A batch has at most
-    `tokens` slots, as in `pack`. The result is on the device of the model.
+    `model` is a `Decoder`, or has its hidden_states(input_ids, position_ids, attention_mask), which
+    gives [B, W, D], its logits(hidden) and its lm_head. A batch has at most `tokens` slots, as in
+    `pack`. The result is on the device of the model.
     """
     device = model.lm_head.weight.device
     width = max((len(trace.cuts) for trace in traces), default=1)

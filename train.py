@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py --model ...    # the same on eight GPUs
 
 Before training, the PRG of each supervised trace is computed under the starting model. The mean
-PRG is the anchor a, and the PRG of a trace sets its weight v. `Trainer.step` then has six numbered
+PRG is the anchor a, and the PRG of a trace sets its weight v. `Trainer.step` then has four numbered
 steps. Read hytuning.py and prg.py before it, and data.py and model.py after it.
 
 SPDX-License-Identifier: MIT
@@ -305,30 +305,30 @@ class Trainer:
         This process samples N rollouts, G consecutive ones for each of its queries.
         """
         args = self.args
-        clock = [self.now()]
+        clock = [time.perf_counter()]
 
         # 1. Sample a group of G rollouts for each query, and compute their self-certainty c.
-        indices = self.draw_batch(len(self.queries), args.queries_per_step, "queries")
+        indices = self.draw_batch(len(self.queries), "queries")
         queries = [self.queries[i] for i in indices]
         seed = ("rollouts", args.seed, self.steps_done)
         rollouts, answers, c = self.sample(queries, args.group_size, seed)  # [N] each
-        clock.append(self.now())
+        clock.append(time.perf_counter())
 
         # 2. Compute the PRG of each rollout under the frozen starting model.
         PRG = self.compute_prg(rollouts)  # [N]
-        clock.append(self.now())
 
-        # 3. to 5. Compute w, r, e, A and lambda. To try another reward, change `learning_signals`.
+        # 3. Compute w, r, e, A and lambda. To try another reward, change `learning_signals`.
         answers = self.column(data.number_answers(answers, args.group_size))  # [N], -1 for none
         A, e = hytuning.learning_signals(args.method, c, PRG, answers, args.group_size,
                                          self.anchor)  # [N] each
         earned, N_all = all_sum(self.column([e.sum(), len(e)])).tolist()  # over all processes
         lam = earned / max(N_all, 1)
         A = hytuning.weigh_queries(A, e, lam, args.group_size)
+        clock.append(time.perf_counter())
 
-        # 6. Take one optimizer step on (1 - lambda) L_RD + lambda L_RLIF.
+        # 4. Take one optimizer step on (1 - lambda) L_RD + lambda L_RLIF.
         L_RD, grad_norm = self.update(rollouts, A, lam, N_all)
-        clock.append(self.now())
+        clock.append(time.perf_counter())
         self.steps_done += 1
 
         answered = answers >= 0
@@ -348,7 +348,7 @@ class Trainer:
         """
         indices = []
         if lam < 1:
-            indices = self.draw_batch(len(self.traces), self.args.queries_per_step, "traces")
+            indices = self.draw_batch(len(self.traces), "traces")
         traces = [self.traces[i] for i in indices]
         v = self.v[indices].float()
         tokens = all_sum(self.column([sum(len(x.response) for x in traces)])).clamp(min=1)
@@ -371,8 +371,8 @@ class Trainer:
             # Losses are divided by global counts, so they add up over batches and processes.
             L_RD, L_RLIF = 0, 0
             if i < len(rd_batches):
-                mask = v[batch.trace, None] * mask
-                L_RD = hytuning.distillation_loss(logprobs, mask, tokens)
+                weights = v[batch.trace, None] * mask
+                L_RD = hytuning.distillation_loss(logprobs, weights, tokens)
                 total_RD += L_RD.detach()
             else:
                 L_RLIF = hytuning.rlif_loss(logprobs, mask, A[batch.trace], N_all)
@@ -390,17 +390,17 @@ class Trainer:
     def restore(self, state: dict):
         """Continue from the content of a checkpoint."""
         self.model.load_state_dict(state["model"])
-        groups = self.optimizer.state_dict()["param_groups"]  # keeps this optimizer's flags
+        groups = self.optimizer.state_dict()["param_groups"]  # its settings stay those of this run
         self.optimizer.load_state_dict({"state": state["moments"], "param_groups": groups})
         self.steps_done = len(state["log"])
 
-    def draw_batch(self, total: int, size: int, stream: str) -> list[int]:
-        """Return this process's indices in the step's batch of `size` out of `total` items.
+    def draw_batch(self, total: int, stream: str) -> list[int]:
+        """Return this process's indices in the step's batch of --queries_per_step of `total` items.
 
         Each epoch is shuffled again and split into full batches; the remainder is dropped. `stream`
         is part of the seed, so that queries and traces are shuffled independently.
         """
-        size = min(size, total)
+        size = min(self.args.queries_per_step, total)
         if size == 0:
             return []
         epoch, place = divmod(self.steps_done, total // size)
@@ -452,11 +452,6 @@ class Trainer:
     def column(self, values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.double, device=self.device)
 
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def global_mean(self, x: Tensor) -> float | None:
         """Return the mean of the values x of all processes, or None if there are none."""
         total, number = all_sum(self.column([x.sum(), len(x)])).tolist()
@@ -506,9 +501,8 @@ def evaluate(found: list[dict]) -> dict:
     wins = []  # for each right and wrong sample of a query: whether the right one has more PRG
     for query in found:
         samples += query["samples"]
-        answered = [x for x in query["samples"] if x["answer"] is not None]
-        right = [x["prg"] for x in answered if x["right"]]
-        wrong = [x["prg"] for x in answered if not x["right"]]
+        right = [x["prg"] for x in query["samples"] if x["right"]]
+        wrong = [x["prg"] for x in query["samples"] if x["answer"] is not None and not x["right"]]
         wins += [(a > b) + (a == b) / 2 for a in right for b in wrong]
     answered = [x for x in samples if x["answer"] is not None]
     return {"sample": measure_confidence(samples, len(found)),
@@ -516,9 +510,7 @@ def evaluate(found: list[dict]) -> dict:
             "queries": len(found), "samples": len(samples),
             "answered": len(answered) / len(samples),
             "prg": sum(x["prg"] for x in answered) / len(answered) if answered else None,
-            "prg_wins": sum(wins) / len(wins) if wins else None, "prg_pairs": len(wins),
-            "reliability": prg.reliability([x["confidence"] for x in answered],
-                                           [x["right"] for x in answered])}
+            "prg_wins": sum(wins) / len(wins) if wins else None, "prg_pairs": len(wins)}
 
 
 def measure_confidence(items: list[dict], queries: int) -> dict:
@@ -601,11 +593,8 @@ def describe_run(args) -> dict:
             paths += Path(args.model).glob(pattern)
     for path in paths:
         if path and Path(path).is_file():  # a missing file is named when it is read
-            checksum = hashlib.sha256()
             with open(path, "rb") as file:
-                while chunk := file.read(2**24):
-                    checksum.update(chunk)
-            settings[str(path)] = checksum.hexdigest()[:16]
+                settings[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     return {"settings": settings, "date": datetime.now().isoformat(), "base": None, "log": []}
 
 
@@ -692,9 +681,8 @@ def set_up_toy(args, rank: int, device: torch.device):
         dist.barrier()
     say(f"the toy is in {base}: remove it to build it anew")
     args.model = str(base)
-    args.labeled = str(records / "labeled.jsonl")
-    args.unlabeled = str(records / "unlabeled.jsonl")
-    args.eval = str(records / "eval.jsonl")
+    for name in ("labeled", "unlabeled", "eval"):
+        setattr(args, name, str(records / f"{name}.jsonl"))
 
 
 # -----------------------------------------------------------------------------
@@ -723,7 +711,7 @@ def main(argv=None) -> bool:
     results = {}
     finished = True
     if not args.eval_only:
-        if "model" in run:
+        if "model" in run:  # it is the content of a checkpoint
             trainer.restore(run)
         elif (out / "checkpoint.pt").exists():
             say(f"the first save will replace the earlier run in {out}, which --resume continues")
