@@ -179,21 +179,6 @@ class Segment:
     targets: list[int] | None = None
 
 
-def make_segments(trace: Trace, index: int, copies: bool) -> list[Segment]:
-    """Return the segments of a trace after its prompt: the whole response as a target or, with
-    `copies`, the reasoning without a target and then a copy for each cut with its answer as target.
-    """
-    tokens = trace.tokens
-    start = trace.cuts[0] - 1
-    if not copies:
-        return [Segment(tokens[start:-1], start, index, targets=trace.response)]
-    segments = [Segment(tokens[start:trace.cuts[-1] - 1], start)]
-    for k, end in enumerate(trace.cuts):
-        inputs = [tokens[end - 1]] + trace.marker + trace.answer[:-1]
-        segments.append(Segment(inputs, end - 1, index, k, trace.answer))
-    return segments
-
-
 def count_slots(row: list[Segment]) -> int:
     return sum(len(segment.inputs) for segment in row)
 
@@ -229,11 +214,16 @@ def pack(traces: list[Trace], copies: bool, tokens: int = 2048, width: int = 102
     rows = []
     prompt = None  # the prompt of the last row, None while there is no row
     for index, trace in enumerate(traces):
-        if copies and not trace.answer:
-            continue
-        segments = make_segments(trace, index, copies)
+        start = trace.cuts[0] - 1  # The prompt's last token is the first input of a response.
+        segments = [Segment(trace.tokens[start:-1], start, index, targets=trace.response)]
+        if copies:
+            if not trace.answer:
+                continue
+            segments = [Segment(trace.tokens[start:trace.cuts[-1] - 1], start)]  # the reasoning
+            for k, end in enumerate(trace.cuts):
+                inputs = [trace.tokens[end - 1]] + trace.marker + trace.answer[:-1]
+                segments.append(Segment(inputs, end - 1, index, k, trace.answer))
         if trace.prompt != prompt or count_slots(rows[-1] + segments) > width:
-            # The prompt's last token is the first input of each response.
             prompt = trace.prompt
             rows.append([Segment(prompt[:-1])])
         rows[-1] += segments

@@ -259,10 +259,6 @@ class Policy(nn.Module):
         return batch.pad(hytuning.head_logprobs(hidden, self.decoder.logits, batch.targets))
 
 
-# A process without data runs this trace with weight 0, so that DDP has a backward pass there.
-DUMMY = prg.Trace(tokens=[0, 0], cuts=[1], answer_start=1)
-
-
 class Trainer:
     """Holds the policy, the judge and the optimizer of a run, and takes its training steps."""
 
@@ -356,7 +352,8 @@ class Trainer:
         rollouts = [rollouts[i] for i in kept]
         A = A[kept].float()
         if not traces and not rollouts:
-            traces = [DUMMY]
+            # DDP needs a backward pass in each process, so run any trace with weight 0.
+            traces = [prg.Trace(tokens=[0, 0], cuts=[1], answer_start=1)]
             v = torch.zeros(1, device=self.device)
 
         rd_batches = self.pack(traces)
