@@ -366,7 +366,8 @@ class Trainer:
                 # Call the DDP wrapper, since self.policy.module would not synchronize gradients.
                 logprobs, mask = self.policy(batch)  # [n, T] each
             # Losses are divided by global counts, so they add up over batches and processes.
-            L_RD, L_RLIF = 0, 0
+            L_RD = 0
+            L_RLIF = 0
             if i < len(rd_batches):
                 weights = v[batch.trace, None] * mask
                 L_RD = hytuning.distillation_loss(logprobs, weights, tokens)
