@@ -103,6 +103,7 @@ FORMS = [
 ]
 FULLWIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 DASHES_AND_QUOTES = str.maketrans("‐‑‒–—―−‘’“”", "-------''\"\"")
+INVISIBLE = r"[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]"
 # A word whose case does not count: Paris and PARIS, but not mRNA, \Delta or the unit in "5 Cal".
 PLAIN_WORD = r"(?<!\\)(?<!\d )\b(?!\w*[a-z][A-Z])(?:[^\W\d_]{3,}|No)\b"
 
@@ -135,8 +136,8 @@ def canonical(answer: str) -> str:
 
     In doubt, answers differ: a wrong match rewards an error, while a missed match loses a vote.
     """
-    text = unicodedata.normalize("NFC", answer).translate(FULLWIDTH | DASHES_AND_QUOTES)
-    text = "".join(c for c in text if unicodedata.category(c) != "Cf")  # invisible characters
+    text = re.sub(INVISIBLE, "", unicodedata.normalize("NFC", answer))
+    text = text.translate(FULLWIDTH | DASHES_AND_QUOTES)
     for _ in range(3):  # Forms may be nested, as in $\boxed{\text{B}}$.
         for pattern, replacement in FORMS:
             text = " ".join(re.sub(pattern, replacement, text).split())

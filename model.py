@@ -263,6 +263,12 @@ class Decoder(nn.Module):
 # -----------------------------------------------------------------------------
 # loading, saving
 
+# Files that save_pretrained copies from the original checkpoint.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
+                   "chat_template.jinja")
+
+
 def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
     """Load a Decoder from a Hugging Face folder with config.json and safetensors files.
 
@@ -285,13 +291,14 @@ def load_pretrained(folder, device="cpu", dtype=torch.float32) -> Decoder:
             model = Decoder(config)
         model.load_state_dict(weights, assign=True)
         model.tie()
-        # An id, a list or None. generation_config.json comes first.
-        eos = read_generation_config(folder).get("eos_token_id", raw.get("eos_token_id"))
+        eos = read_generation_config(folder).get("eos_token_id")  # an id, a list or None
+        if eos is None:
+            eos = raw.get("eos_token_id")
         ids = eos if isinstance(eos, list) else [eos]
         model.eos_ids = tuple(i for i in ids if i is not None)
         if not all(i in range(config.vocab_size) for i in model.eos_ids):
             raise CheckpointError(f"eos_token_id is {eos}, outside the vocabulary")
-    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, TypeError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:400]
         raise CheckpointError(
             f"{folder} cannot be loaded ({reason}); it must be a complete Llama, Mistral, Qwen2 or "
@@ -334,9 +341,9 @@ def save_pretrained(model: Decoder, folder, source=None):
     generation = {}
     if source is not None:
         generation = read_generation_config(Path(source))
-        for pattern in ("tokenizer*", "*tokens*.json", "vocab.json", "merges.txt", "*.jinja"):
-            for path in Path(source).glob(pattern):
-                shutil.copyfile(path, folder / path.name)
+        for name in TOKENIZER_FILES:
+            if Path(source, name).is_file():
+                shutil.copyfile(Path(source, name), folder / name)
     if model.eos_ids:
         # Other programs must stop at the same tokens; they read either of the two files.
         config["eos_token_id"] = generation["eos_token_id"] = list(model.eos_ids)
@@ -553,7 +560,8 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
     statistic over the tokens of each sample, [prompts, samples]. The statistic reads float32
     logits, before the temperature.
 
-    Raises ValueError if a prompt is empty or does not fit in the context with its new tokens.
+    Raises ValueError if a prompt is empty or does not fit in the context with its new tokens, and
+    FloatingPointError if the statistic is not finite.
     """
     lengths = [len(prompt) for prompt in prompts]
     longest = model.config.context - max_new_tokens
@@ -578,6 +586,8 @@ def generate(model: Decoder, prompts: list[list[int]], *, samples_per_prompt: in
     groups = [tokens[i:i + samples_per_prompt] for i in range(0, len(tokens), samples_per_prompt)]
     if statistic is None:
         return groups
+    if not s.total.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite: check its weights")
     return groups, (s.total / counts).view(-1, samples_per_prompt)
 
 

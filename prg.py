@@ -125,7 +125,7 @@ def expected_calibration_error(confidence, correct, bins: int = 10) -> float:
     """
     confidence = torch.as_tensor(confidence, dtype=torch.double)
     correct = torch.as_tensor(correct, dtype=torch.double)
-    bin_of = (confidence * bins).long().clamp(max=bins - 1)
+    bin_of = (confidence * bins).long().clamp(0, bins - 1)
     # The gap of a bin times its count is the absolute value of a sum over its items.
     gaps = torch.bincount(bin_of, weights=confidence - correct).abs()
     return (gaps.sum() / len(confidence)).item()

@@ -455,6 +455,8 @@ def test_end_tokens_and_the_tokenizer_are_saved(tmp_path):
     (a / "tokenizer.json").write_text("é")
     edit_json(a / "config.json", eos_token_id=7, torch_dtype="bfloat16")
     assert load_pretrained(a).eos_ids == (7,)
+    edit_json(a / "generation_config.json", eos_token_id=None)
+    assert load_pretrained(a).eos_ids == (7,)
     edit_json(a / "generation_config.json", eos_token_id=0, top_k=5)
     ours = load_pretrained(a)
     assert ours.eos_ids == (0,), "generation_config.json comes first"
@@ -596,6 +598,13 @@ def test_prompts_that_are_empty_or_longer_than_the_context_raise_an_error(contex
             generate(model, [[1] * 4, prompt], max_new_tokens=5)
 
 
+def test_a_statistic_that_is_not_finite_raises_an_error():
+    model = tiny()
+    nn.init.constant_(model.model.norm.weight[:1], math.nan)
+    with pytest.raises(FloatingPointError):
+        generate(model, PROMPTS, max_new_tokens=3, statistic=self_certainty)
+
+
 @torch.no_grad()
 def test_a_decode_step_reads_no_value_from_the_device():
     """The device "meta" has no values, so a step that runs there suits a CUDA graph."""
@@ -663,6 +672,7 @@ def test_answers_match_by_their_canonical_form():
     for a, b in pairs(SAME):
         assert data.canonical(a) == data.canonical(b) and data.answers_match(a, b), (a, b)
     assert data.canonical("\u200b18\u00ad\ufeff") == "18", "invisible characters"
+    assert data.canonical("2\u20623") != "23", "an invisible multiplication sign"
     for a, b in pairs(RIGHT):
         assert data.answers_match(a, b) and not data.answers_match(b, a), (a, b)
         assert data.canonical(a) != data.canonical(b), "they are different votes"
