@@ -201,16 +201,19 @@ START, QUESTION, ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"
 def render_chat(folder: Path, date: datetime) -> tuple[str, str] | None:
     """Render the folder's chat template with QUESTION and ANSWER: (prompt, conversation).
 
-    The prompt ends where the assistant's turn begins. The template gets the same variables as in
-    `transformers`. Returns None if the folder has no template. Raises DataError if it cannot be
-    rendered; a call of raise_exception, which is not defined here, is such an error.
+    The prompt ends where the assistant's turn begins. The template gets what `transformers` gives
+    it. Returns None if the folder has no template. Raises DataError if it cannot be rendered.
     """
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise ValueError(message)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    variables = {"tools": None, "documents": None, "strftime_now": date.strftime}
+    variables = {"tools": None, "documents": None, "strftime_now": date.strftime,
+                 "raise_exception": raise_exception}
     texts = []
     try:
         for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):

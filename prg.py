@@ -214,15 +214,16 @@ def pack(traces: list[Trace], copies: bool, tokens: int = 2048, width: int = 102
     rows = []
     prompt = None  # the prompt of the last row, None while there is no row
     for index, trace in enumerate(traces):
+        if copies and not trace.answer:
+            continue
         start = trace.cuts[0] - 1  # The prompt's last token is the first input of a response.
-        segments = [Segment(trace.tokens[start:-1], start, index, targets=trace.response)]
         if copies:
-            if not trace.answer:
-                continue
             segments = [Segment(trace.tokens[start:trace.cuts[-1] - 1], start)]  # the reasoning
             for k, end in enumerate(trace.cuts):
                 inputs = [trace.tokens[end - 1]] + trace.marker + trace.answer[:-1]
                 segments.append(Segment(inputs, end - 1, index, k, trace.answer))
+        else:
+            segments = [Segment(trace.tokens[start:-1], start, index, targets=trace.response)]
         if trace.prompt != prompt or count_slots(rows[-1] + segments) > width:
             prompt = trace.prompt
             rows.append([Segment(prompt[:-1])])

@@ -301,6 +301,7 @@ class Trainer:
         This process samples N rollouts, G consecutive ones for each of its queries.
         """
         args = self.args
+        # Each part ends by reading a value from the device, so the clock needs no synchronization.
         clock = [time.perf_counter()]
 
         # 1. Sample a group of G rollouts for each query, and compute their self-certainty c.
